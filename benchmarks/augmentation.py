@@ -1,0 +1,74 @@
+"""Views per second of SimCLRAugmentation against torchvision's transforms on PIL images, on one CPU thread.
+
+    python benchmarks/augmentation.py
+    python benchmarks/augmentation.py --batch_size 512 --repeats 20
+
+Both make CIFAR-size SimCLR views of random images, in turns so that a change of the machine's speed meets both; the
+medians count.
+"""
+import argparse
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+import torchvision
+from PIL import Image
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from augmentations import CIFAR_MEAN, CIFAR_STD, SimCLRAugmentation  # noqa: E402
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_size", default=256, type=int, help="images per batch; each gives two views")
+    parser.add_argument("--repeats", default=10, type=int, help="timed batches of each implementation")
+    return parser.parse_args()
+
+
+def torchvision_on_pil(images):
+    """The same augmentation, image by image: [B, 3, H, W] uint8 -> a function that makes two views of each."""
+    augment = transforms.Compose([
+        transforms.RandomResizedCrop(images.shape[-1], scale=(0.2, 1.0)),
+        transforms.RandomHorizontalFlip(),
+        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        transforms.RandomGrayscale(0.2),
+        transforms.ToTensor(),
+        transforms.Normalize(CIFAR_MEAN, CIFAR_STD),
+    ])
+    pil_images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    return lambda: [torch.stack([augment(image) for image in pil_images]) for _ in range(2)]
+
+
+def seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def main():
+    args = get_args()
+    torch.set_num_threads(1)
+    images = torch.randint(0, 256, (args.batch_size, 3, 32, 32), dtype=torch.uint8)
+    augment, generator = SimCLRAugmentation(size=32), torch.Generator().manual_seed(0)
+    candidates = {"ours": lambda: augment(images, generator), "torchvision on PIL": torchvision_on_pil(images)}
+
+    times = {name: [] for name in candidates}
+    for repeat in range(args.repeats + 2):  # the first two warm up
+        for name, make_views in candidates.items():
+            elapsed = seconds(make_views)
+            if repeat >= 2:
+                times[name].append(elapsed)
+
+    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, 1 thread, batch {args.batch_size}")
+    views = 2 * args.batch_size
+    for name, elapsed in times.items():
+        print(f"{name:>20}: {views / median(elapsed):8.0f} views/s "
+              f"(slowest {views / max(elapsed):.0f}, fastest {views / min(elapsed):.0f})")
+    print(f"{'ratio of medians':>20}: {median(times['torchvision on PIL']) / median(times['ours']):8.1f}")
+
+
+if __name__ == "__main__":
+    main()

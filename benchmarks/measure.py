@@ -1,0 +1,61 @@
+"""What the benchmarks share: alternated timing, peak memory of a fresh process, and a line that names the machine."""
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+import time
+
+import torch
+
+
+def alternate(functions: dict, runs: int, warmup: int = 1) -> dict:
+    """Wall and CPU seconds of each function (name -> callable without arguments), A B A B ..., so that a change in the machine's
+    speed meets all of them alike: name -> (list of wall seconds, list of CPU seconds), warm-up left out."""
+    wall, cpu = ({name: [] for name in functions} for _ in range(2))
+    for run in range(warmup + runs):
+        for name, function in functions.items():
+            start = time.perf_counter(), time.process_time()
+            function()
+            if run >= warmup:
+                wall[name].append(time.perf_counter() - start[0])
+                cpu[name].append(time.process_time() - start[1])
+    return {name: (wall[name], cpu[name]) for name in functions}
+
+
+def median_wall(times: dict) -> dict:
+    """name -> median wall seconds of what `alternate` returns."""
+    return {name: statistics.median(wall) for name, (wall, _) in times.items()}
+
+
+def extra_memory(prepare, *args) -> float:
+    """MB that a call adds to the peak resident size of a fresh process. `prepare(*args)`, a module's function, returns the call."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_grown, (torch.get_num_threads(), prepare, *args))
+
+
+def _grown(threads, prepare, *args):
+    torch.set_num_threads(threads)
+    call = prepare(*args)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return grown / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux kilobytes
+
+
+def matrix_rate(dtype: torch.dtype, size: int = 2048, runs: int = 15) -> float:
+    """GFLOP/s of a product of two square matrices, the best of `runs`: what the machine's matrix unit gives through torch."""
+    x, y = (torch.randn(size, size).to(dtype) for _ in range(2))
+    wall, _ = alternate({"product": lambda: x @ y}, runs, warmup=3)["product"]
+    return 2 * size**3 / min(wall) / 1e9
+
+
+def machine() -> str:
+    """One line: processor, threads, versions."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"

@@ -1,0 +1,53 @@
+"""Small-image ResNets with a projection head."""
+import torch
+from torch import Tensor, nn
+from torchvision.models import ResNet, resnet18, resnet34, resnet50
+from torchvision.models.resnet import BasicBlock
+
+
+
+def small_resnet() -> ResNet:
+    """ResNet-10 without its last stage, which at 2 x 2 pixels costs a CPU as much as all others: 1.2 M parameters."""
+    net = ResNet(BasicBlock, [1, 1, 1, 1])
+    net.layer4, net.fc = nn.Identity(), nn.Linear(256, 1)
+    return net
+
+
+ARCHS = {"resnet18": (resnet18, 1), "resnet34": (resnet34, 1), "resnet50": (resnet50, 1), "small": (small_resnet, 2)}  # stem's stride
+
+
+class ContrastiveNet(nn.Module):
+    """A backbone, whose features are evaluated, and a projection head, whose output the loss sees.
+
+    Args:
+        arch: a key of ARCHS: torchvision's ResNet with a 3x3 stem and no max-pool, as images of 32 x 32 pixels want.
+        projector: widths of the head's layers, (..., D); BN and ReLU between them.
+    """
+
+    def __init__(self, arch: str, projector: tuple[int, ...]):
+        super().__init__()
+        make, stride = ARCHS[arch]
+        self.backbone = make()
+        width = self.backbone.fc.in_features
+        self.backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.backbone.maxpool = nn.Identity()
+        self.backbone.fc = nn.Identity()
+        layers = []
+        for hidden in projector[:-1]:
+            layers += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+            width = hidden
+        self.head = nn.Sequential(*layers, nn.Linear(width, projector[-1]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> embeddings [B, D], not yet normalised."""
+        return self.head(self.backbone(images))
+
+
+@torch.inference_mode()
+def extract_features(backbone: nn.Module, batches) -> Tensor:
+    """Features [N, F] in float32 of an iterable of image batches [B, 3, H, W], with the network in evaluation mode."""
+    training = backbone.training
+    backbone.eval()
+    features = torch.cat([backbone(images).float() for images in batches])
+    backbone.train(training)
+    return features

@@ -1,0 +1,296 @@
+"""What the scripts share and what knows no model, loss or augmentation: errors, device, seeds, schedules, checkpoints, logs,
+interruption and data sets."""
+import argparse
+import csv
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import datasets
+from tqdm import tqdm
+
+
+# ------------------------------------------------------------------------------------------------------------ user errors
+
+class UserError(Exception):
+    """Something the user can mend. Its message is one line: what is wrong, then what to do."""
+
+
+def run_script(main) -> None:
+    """Calls main(); a UserError, or a mistaken flag, ends the process with one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_fail(str(error)))
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return 2
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Shows defaults in --help, and reports a mistaken flag in the same one line as every other error."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str):
+        self.exit(_fail(f"{message}; see --help"))
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default is not None and action.help else action.help
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, got {text}")
+    return value
+
+
+# ----------------------------------------------------------------------------------------------- device, seeds, schedules
+
+def select_device(name: str) -> torch.device:
+    """The torch device of a --device flag; "auto" takes CUDA, then MPS, then the CPU. UserError if it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available.get(name.split(":")[0], False):
+        raise UserError(f"device {name!r} is not available here; use --device {'|'.join(k for k, v in available.items() if v)}")
+    return torch.device(name)
+
+
+def select_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype of an --amp flag, None for full precision. "auto" takes bf16 where the hardware has it natively."""
+    if name == "none":
+        return None
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native or name == "bf16" else None
+
+
+def stream_seed(*keys: int) -> int:
+    """A 63-bit seed for the random stream named by `keys` (seed, rank, epoch, step, ...). Streams of different keys are
+    independent, and none needs to be saved: after a resume the keys name it again."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def cosine_schedule(step: int, steps: int, base: float, final: float = 0.0, warmup_steps: int = 0) -> float:
+    """The value at `step` (0-based) of `steps`: a linear warm-up to `base`, which reaches it after `warmup_steps` steps, then
+    half a cosine down to `final` at the last step. The warm-up may be longer than the run."""
+    if step < warmup_steps:
+        return base * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+# ------------------------------------------------------------------------------------------------------------ checkpoints
+
+def replace_file(path: Path, write, mode: str = "w") -> None:
+    """Has `write(file)` fill a file aside and renames it, so that `path` holds the old or the new content, whole, at every
+    moment. UserError if the disk is full or refuses; the old content is then still there."""
+    aside = path.with_name(path.name + ".partial")
+    try:
+        with open(aside, mode, newline=None if "b" in mode else "") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps what write() raises in a RuntimeError
+        aside.unlink(missing_ok=True)
+        kept = "; what was saved before is intact" if path.exists() else ""
+        raise UserError(f"cannot write {path}: {_reason(error)}{kept}. Make room, then run the same command again") from error
+
+
+def save_checkpoint(state: dict, path: Path) -> None:
+    """Replaces the checkpoint at `path`, see `replace_file`."""
+    replace_file(path, lambda file: torch.save(state, file), "wb")
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint's dict, on the CPU. Never runs code from the file (`weights_only`); UserError if it cannot be read."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}") from None
+    except Exception as error:  # torch.load raises half a dozen types for damaged files
+        raise UserError(f"cannot read checkpoint {path}: {_reason(error)}; move it away or restore a copy") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is no checkpoint: it holds a {type(state).__name__}, not a dict")
+    return state
+
+
+def check_same_run(saved: dict, args: dict, path: Path, free: tuple[str, ...] = ()) -> None:
+    """UserError if the flags saved in a checkpoint contradict those of this run; the names in `free` may differ."""
+    differing = [f"--{name} {_flag(saved.get(name))} there, {_flag(value)} here"
+                 for name, value in args.items() if name not in free and saved.get(name) != value]
+    if differing:
+        raise UserError(f"{path} belongs to another run: {'; '.join(differing)}. Resume with the same flags, or choose "
+                        "another --output_dir")
+
+
+def make_output_dir(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ".writable").touch()
+        (path / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to the output folder {path}: {_reason(error)}; choose another --output_dir") from error
+    return path
+
+
+def _flag(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.strip().splitlines()[0][:200]
+
+
+class Interruption:
+    """Turns SIGTERM and Ctrl-C into a request that the loop answers between two steps: save, then leave. A second signal
+    ends the process at once."""
+
+    def __init__(self):
+        self.signal = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._request)
+
+    def _request(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def leave(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+        sys.exit(128 + self.signal)
+
+
+# ------------------------------------------------------------------------------------------------------------------- logs
+
+class RunLog:
+    """One record (a flat dict with its "epoch") to the screen, `log.txt` (JSON lines), a CSV and TensorBoard.
+
+    On a resume the records of epochs at or after `next_epoch` are dropped: they were written by a run that was killed before
+    the checkpoint that would have kept them, and will be written again.
+    """
+
+    def __init__(self, folder: Path, csv_name: str, next_epoch: int):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import: not for --help
+        self.text, self.table = folder / "log.txt", folder / csv_name
+        self.records = [r for r in read_records(self.text) if r["epoch"] < next_epoch]
+        self._rewrite()
+        self.board = SummaryWriter(folder / "tensorboard", purge_step=next_epoch)
+
+    def write(self, record: dict) -> None:
+        print(format_record(record), flush=True)
+        self.records.append(record)
+        self._rewrite()
+        for name, value in record.items():
+            if name != "epoch":
+                self.board.add_scalar(name, value, record["epoch"])
+        self.board.flush()
+
+    def _rewrite(self) -> None:
+        replace_file(self.text, lambda file: file.writelines(json.dumps(record) + "\n" for record in self.records))
+        rows = [list(self.records[0])] + [list(r.values()) for r in self.records] if self.records else []
+        replace_file(self.table, lambda file: csv.writer(file).writerows(rows))
+
+
+def read_records(path: Path) -> list[dict]:
+    """The records of a log.txt, oldest first; none if there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def format_record(record: dict) -> str:
+    return "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in record.items())
+
+
+def progress(steps, done: int, total: int, title: str):
+    """Iterates over `steps` with a bar and the time left on a terminal; in a file, a plain line a minute. `done` of `total`
+    steps lie behind already. Yields (step, note): note(text) shows a few words beside the bar."""
+    if sys.stderr.isatty():
+        with tqdm(steps, desc=title, initial=done, total=total, leave=False, dynamic_ncols=True) as bar:
+            for step in bar:
+                yield step, bar.set_postfix_str
+        return
+    started = printed = time.monotonic()
+    latest = ""
+
+    def note(text):
+        nonlocal latest
+        latest = text
+    for count, step in enumerate(steps, 1):
+        yield step, note
+        if (now := time.monotonic()) - printed > 60:
+            printed = now
+            left = (now - started) / count * (total - done - count)
+            print(f"{title}  step {done + count}/{total}  {latest}  {left / 60:.1f} min left", flush=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- data sets
+
+DATASETS = ("cifar10", "cifar100", "stl10", "folder")
+
+
+def build_dataset(name: str, path: Path, split: str):
+    """A labelled data set of PIL images.
+
+    Args:
+        name: one of DATASETS. All but "folder" come from torchvision and are downloaded into `path` if they are not there.
+        path: torchvision's root, or the folder that holds `train/` and `test/` (or `val/`), each with a folder a class.
+        split: "train" or "test"; for stl10 also "unlabeled".
+
+    UserError for a download that fails, a missing or empty folder, and, on access, an image that cannot be decoded.
+    """
+    if name == "folder":
+        return _image_folder(path, split)
+    train = {"train": split == "train"}
+    make = {"cifar10": lambda: datasets.CIFAR10(path, **train, download=True),
+            "cifar100": lambda: datasets.CIFAR100(path, **train, download=True),
+            "stl10": lambda: datasets.STL10(path, split, download=True)}[name]
+    try:
+        return make()
+    except Exception as error:  # urllib, ssl, tarfile and torchvision each raise their own
+        raise UserError(f"cannot download {name} into {path}: {_reason(error)}. Copy its files there, or give a local copy as "
+                        "class folders with --dataset folder --data_path DIR (DIR/train, DIR/test)") from error
+
+
+def _image_folder(path: Path, split: str):
+    names = ("test", "val") if split == "test" else (split,)
+    folder = next((path / name for name in names if (path / name).is_dir()), None)
+    if folder is None:
+        raise UserError(f"no folder {' or '.join(str(path / name) for name in names)}: --data_path must name a folder that "
+                        "holds train/ and test/, each with a folder of images per class")
+    try:
+        return datasets.ImageFolder(folder, loader=load_image)
+    except FileNotFoundError as error:
+        raise UserError(f"no images to use in {folder}: {_reason(error)}. It must hold a folder of images per class") from error
+
+
+def load_image(path) -> Image.Image:
+    """The RGB image of a file. UserError, with the file's name, if it cannot be decoded."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot decode image {path}: {_reason(error)}; replace or remove it") from error
