@@ -8,7 +8,6 @@ medians count.
 """
 import argparse
 import sys
-import time
 from pathlib import Path
 from statistics import median
 
@@ -18,7 +17,9 @@ from PIL import Image
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from augmentations import CIFAR_MEAN, CIFAR_STD, SimCLRAugmentation  # noqa: E402
+from benchmarks.measure import alternate, machine  # noqa: E402
 
 
 def get_args():
@@ -42,27 +43,14 @@ def torchvision_on_pil(images):
     return lambda: [torch.stack([augment(image) for image in pil_images]) for _ in range(2)]
 
 
-def seconds(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def main():
     args = get_args()
     torch.set_num_threads(1)
     images = torch.randint(0, 256, (args.batch_size, 3, 32, 32), dtype=torch.uint8)
     augment, generator = SimCLRAugmentation(size=32), torch.Generator().manual_seed(0)
     candidates = {"ours": lambda: augment(images, generator), "torchvision on PIL": torchvision_on_pil(images)}
-
-    times = {name: [] for name in candidates}
-    for repeat in range(args.repeats + 2):  # the first two warm up
-        for name, make_views in candidates.items():
-            elapsed = seconds(make_views)
-            if repeat >= 2:
-                times[name].append(elapsed)
-
-    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, 1 thread, batch {args.batch_size}")
+    times = {name: wall for name, (wall, _) in alternate(candidates, args.repeats, warmup=2).items()}
+    print(f"{machine()}, torchvision {torchvision.__version__}; batch {args.batch_size}")
     views = 2 * args.batch_size
     for name, elapsed in times.items():
         print(f"{name:>20}: {views / median(elapsed):8.0f} views/s "

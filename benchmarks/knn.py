@@ -9,18 +9,17 @@ and top-5. Runs alternate and medians are compared; where others use the machine
 process above what it held before the call.
 """
 import argparse
-import multiprocessing
-import resource
+import functools
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval_knn import knn_accuracy
+from benchmarks.measure import alternate, extra_memory, machine  # noqa: E402
+from eval_knn import knn_accuracy  # noqa: E402
 
 
 def ours(bank, bank_labels, queries, query_labels, k, num_classes):
@@ -59,15 +58,11 @@ def problem(bank, queries, dim, num_classes, k, spread=4.0):
     return *arguments, min(k, bank), num_classes
 
 
-def peak_memory(name, threads, sizes):
-    """MB that one call adds to the peak resident size of this process, which must be fresh."""
-    torch.set_num_threads(threads)
+def make_call(name, sizes):
+    """A call without arguments of a method, for `extra_memory`."""
     METHODS[name](*problem(2000, 200, 64, 10, 10))                                      # loads what torch loads on first use
     arguments = problem(*sizes)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    METHODS[name](*arguments)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return grown / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)                   # macOS counts bytes, Linux kilobytes
+    return lambda: METHODS[name](*arguments)
 
 
 def main():
@@ -77,32 +72,19 @@ def main():
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--k", type=int, default=200)
-    parser.add_argument("--runs", type=int, default=3, help="timed runs of each method, after one on a tenth of the queries")
+    parser.add_argument("--runs", type=int, default=3, help="timed runs of each method, after one that warms up")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {args.threads} threads, {vars(args)}")
+    print(f"{machine()}; {vars(args)}")
 
     sizes = args.bank, args.queries, args.dim, args.classes, args.k
-    spawn = multiprocessing.get_context("spawn")
-    memory = {}
-    for name in METHODS:
-        with spawn.Pool(1) as pool:
-            memory[name] = pool.apply(peak_memory, (name, args.threads, sizes))
-
-    bank, bank_labels, queries, query_labels, *rest = problem(*sizes)
-    for method in METHODS.values():
-        few = max(1, args.queries // 10)
-        method(bank, bank_labels, queries[:few], query_labels[:few], *rest)
-    wall, cpu = {name: [] for name in METHODS}, {name: [] for name in METHODS}
-    for run in range(args.runs):
-        for name, method in METHODS.items():
-            start = time.perf_counter(), time.process_time()
-            top1, top5 = method(bank, bank_labels, queries, query_labels, *rest)
-            wall[name].append(time.perf_counter() - start[0])
-            cpu[name].append(time.process_time() - start[1])
-            print(f"run {run}  {name:5}  {wall[name][-1]:7.2f} s  top-1 {top1:.2f}  top-5 {top5:.2f}", flush=True)
-    figures = {name: (statistics.median(wall[name]), statistics.median(cpu[name]), memory[name]) for name in METHODS}
+    memory = {name: extra_memory(make_call, name, sizes) for name in METHODS}
+    arguments = problem(*sizes)
+    for name, method in METHODS.items():
+        print("{}: top-1 {:.2f}, top-5 {:.2f}".format(name, *method(*arguments)), flush=True)      # warms up, and shows that they agree
+    times = alternate({name: functools.partial(method, *arguments) for name, method in METHODS.items()}, args.runs, warmup=0)
+    figures = {name: (*map(statistics.median, times[name]), memory[name]) for name in METHODS}
     for name, (seconds, cpu_seconds, megabytes) in figures.items():
         print(f"{name:5}  median {seconds:7.2f} s  CPU {cpu_seconds:7.2f} s  extra memory {megabytes:6.0f} MB")
     print("dense / ours: time {:.2f}, CPU time {:.2f}, memory {:.2f}".format(*(d / o for d, o in zip(figures["dense"], figures["ours"]))))

@@ -1,9 +1,7 @@
 """What the benchmarks share: alternated timing, peak memory of a fresh process, and a line that names the machine."""
 import multiprocessing
 import platform
-import resource
 import statistics
-import sys
 import time
 
 import torch
@@ -29,7 +27,8 @@ def median_wall(times: dict) -> dict:
 
 
 def extra_memory(prepare, *args) -> float:
-    """MB that a call adds to the peak resident size of a fresh process. `prepare(*args)`, a module's function, returns the call."""
+    """MB by which a call in a fresh process raises the peak of its resident memory over what it held before (Linux only).
+    `prepare(*args)`, a module's function, returns the call."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_grown, (torch.get_num_threads(), prepare, *args))
 
@@ -37,10 +36,16 @@ def extra_memory(prepare, *args) -> float:
 def _grown(threads, prepare, *args):
     torch.set_num_threads(threads)
     call = prepare(*args)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _resident("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts anew; getrusage's would be that of the imports, or of the parent process
     call()
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return grown / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux kilobytes
+    return _resident("VmHWM") - before
+
+
+def _resident(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
 
 
 def matrix_rate(dtype: torch.dtype, size: int = 2048, runs: int = 15) -> float:

@@ -1,0 +1,284 @@
+"""Trains AUC-CL on small images on one device, with k-NN accuracy after every epoch.
+
+    python main.py                                                  # ResNet-50 on CIFAR-10, downloaded if missing
+    python main.py --dataset shapes --arch small --epochs 20        # no download, minutes on a CPU
+    python main.py --dataset folder --data_path DIR --arch small    # DIR/train/<class>/*, DIR/test/<class>/*
+    python main.py --preset released-cifar                          # what the authors' released code optimises
+
+The same command again resumes. Everything is written below --output_dir: checkpoint.pth, log.txt (a JSON record an epoch), the
+same records as ..._statistics.csv and for TensorBoard, and curves.png at the end.
+"""
+import math
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+import utils  # noqa: E402
+from auccl_loss import SCORES, WEIGHTS, AUCCLLoss, pair_auc  # noqa: E402
+from augmentations import CIFAR_MEAN, CIFAR_STD, SimCLRAugmentation, normalize  # noqa: E402
+from cifar.curves import draw_curves  # noqa: E402
+from cifar.data import DATASETS, epoch_batches, load_data  # noqa: E402
+from cifar.model import ARCHS, ContrastiveNet, extract_features  # noqa: E402
+from eval_knn import knn_accuracy  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+# What a flag that is not given takes from --preset; the reasons for `paper`'s values stand in results/README.md.
+RECIPES = {
+    "paper": dict(projector=(2048, 1024), batch_size=256, epochs=200, lr=2e-3, schedule="cosine", warmup_epochs=2.0,
+                  weight_decay=1e-4, crop_scale=(0.2, 1.0), weights_lr=1e-2, learn=WEIGHTS),
+    "released-cifar": dict(projector=(512, 128), batch_size=128, epochs=500, lr=1e-3, schedule="constant", warmup_epochs=0.0,
+                           weight_decay=1e-4, crop_scale=(0.08, 1.0), weights_lr=1e-3, learn=("b",)),
+}
+PAPER_ONLY = ("negative_weight", "margin_negative_weight", "score")  # arguments of AUCCLLoss that the release has fixed
+FREE_ON_RESUME = ("output_dir", "data_path", "device", "save_every")
+PAIR_IMAGES = 512  # test images whose pairs the AUC is taken over
+EVAL_BATCH = 512
+
+
+def parse_args(argv=None):
+    parser = utils.ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("--preset", choices=RECIPES, default="paper", help="objective, and the defaults below that depend on it")
+    add("--dataset", choices=DATASETS, default="cifar10", help="'folder': class folders of any images; 'shapes': drawn by code")
+    add("--data_path", type=Path, default=HERE / "datasets", help="download root, or the folder of --dataset folder")
+    add("--image_size", type=utils.positive_int, help="pixels a side (default: 96 for stl10, else 32)")
+    add("--arch", choices=ARCHS, default="resnet50", help="backbone; 'small' is for CPUs")
+    add("--projector", type=utils.positive_int, nargs="+", help=_by_preset("widths of the projection head's layers", "projector"))
+    add("--batch_size", type=utils.positive_int, help=_by_preset("images a batch, each seen in two views", "batch_size"))
+    add("--accum_iter", type=utils.positive_int, default=1, help="batches whose gradients make one step")
+    add("--epochs", type=utils.positive_int, help=_by_preset("passes over the data", "epochs"))
+    add("--lr", type=utils.non_negative_float, help=_by_preset("learning rate of AdamW", "lr"))
+    add("--schedule", choices=("cosine", "constant"), help=_by_preset("of the learning rates", "schedule"))
+    add("--warmup_epochs", type=utils.non_negative_float, help=_by_preset("of linear warm-up", "warmup_epochs"))
+    add("--weight_decay", type=utils.non_negative_float, help=_by_preset("of the network", "weight_decay"))
+    add("--crop_scale", type=float, nargs=2, metavar=("MIN", "MAX"), help=_by_preset("share of the area a crop takes", "crop_scale"))
+    add("--weights_lr", type=utils.non_negative_float, help=_by_preset("learning rate of a, b and alpha", "weights_lr"))
+    add("--learn", nargs="+", choices=(*WEIGHTS, "none"), help=_by_preset("which of a, b, alpha are learned", "learn"))
+    add("--negative_weight", type=_number_or_sum, help="nu: a number, or 'sum' for the negatives per anchor (default: the loss's)")
+    add("--margin_negative_weight", type=_number_or_sum, help="kappa, likewise (default: the loss's)")
+    add("--score", choices=SCORES, help="of a pair (default: the loss's)")
+    add("--nb_knn", type=utils.positive_int, default=200, help="neighbours that vote")
+    add("--temperature", type=float, default=0.07, help="of the k-NN votes exp(cos / T)")
+    add("--seed", type=int, default=0, help="of weights, order and augmentation")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--amp", choices=("auto", "bf16", "none"), default="auto", help="autocast; auto takes bf16 where the hardware has it")
+    add("--compile", action="store_true", help="compile the network: minutes at the start, then faster steps")
+    add("--save_every", type=utils.positive_int, help="steps between checkpoints inside an epoch (default: at its end only)")
+    add("--output_dir", type=Path, help="where to write (default: results/DATASET_ARCH_PRESET_bBATCH_sSEED beside this script)")
+    return complete_args(parser.parse_args(argv))
+
+
+def complete_args(args):
+    """Fills in what the preset decides. UserError for flags that contradict each other."""
+    if args.preset != "paper" and (given := [f"--{name}" for name in PAPER_ONLY if getattr(args, name) is not None]):
+        raise utils.UserError(f"{', '.join(given)} cannot be used with --preset {args.preset}, which fixes it; use --preset paper")
+    for name, value in RECIPES[args.preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.learn, args.projector, args.crop_scale = list(args.learn), list(args.projector), list(args.crop_scale)
+    if "none" in args.learn and len(args.learn) > 1:
+        raise utils.UserError(f"--learn none contradicts --learn {' '.join(set(args.learn) - {'none'})}; give one of them")
+    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
+        raise utils.UserError("--crop_scale needs 0 < MIN <= MAX <= 1")
+    if not args.temperature > 0:
+        raise utils.UserError("--temperature must be above 0")
+    if not args.lr > 0:
+        raise utils.UserError("--lr must be above 0")
+    if args.seed < 0:
+        raise utils.UserError("--seed must be at least 0")
+    name = f"{args.dataset}_{args.arch}_{args.preset}_b{args.batch_size * args.accum_iter}_s{args.seed}"
+    args.output_dir = args.output_dir or HERE / "results" / name
+    return args
+
+
+def _by_preset(text, name):
+    show = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else value  # noqa: E731
+    return f"{text} (default: {', '.join(f'{show(recipe[name])} for {preset}' for preset, recipe in RECIPES.items())})"
+
+
+def _number_or_sum(text):
+    return text if text == "sum" else float(text)
+
+
+class Run:
+    """What a training run consists of, built from the flags: data, network, objective, optimiser, and how far it has come."""
+
+    def __init__(self, args):
+        self.args = args
+        self.device = utils.select_device(args.device)
+        self.amp_dtype = utils.select_amp(args.amp, self.device)
+        torch.backends.cudnn.deterministic = True
+        self.data = load_data(args.dataset, args.data_path, args.image_size)
+        self.steps = len(self.data.train) // (args.batch_size * args.accum_iter)  # per epoch
+        if self.steps == 0:
+            raise utils.UserError(f"a batch of {args.batch_size} x {args.accum_iter} images is larger than the data set's "
+                                  f"{len(self.data.train)}; lower --batch_size or --accum_iter")
+        torch.manual_seed(args.seed)
+        self.model = ContrastiveNet(args.arch, args.projector).to(self.device, memory_format=torch.channels_last)
+        self.network = torch.compile(self.model) if args.compile else self.model
+        self.criterion = build_criterion(args).to(self.device)
+        self.optimizer = torch.optim.AdamW([
+            {"params": list(self.model.parameters()), "lr": args.lr, "weight_decay": args.weight_decay},
+            *self.criterion.param_groups(args.weights_lr, adaptive=True)], fused=self.device.type in ("cpu", "cuda"))
+        for group in self.optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+        self.augment = SimCLRAugmentation(self.data.train.shape[-1], tuple(args.crop_scale))
+        self.epoch = self.step = 0  # the next to run; step counts within the epoch
+        self.sums = torch.zeros(3, device=self.device)  # of loss, positive and negative mean score over the epoch so far
+        self.epoch_seconds = self.seconds = 0.0  # of this epoch's training; of whole epochs with evaluation
+
+    def state_dict(self):
+        return {"student": self.model.state_dict(), "loss": self.criterion.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "epoch": self.epoch, "step": self.step, "sums": self.sums, "epoch_seconds": self.epoch_seconds,
+                "seconds": self.seconds, "args": plain(self.args)}
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state["student"])
+        self.criterion.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name in ("epoch", "step", "epoch_seconds", "seconds"):
+            setattr(self, name, state[name])
+        self.sums.copy_(state["sums"])
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def resume(self, path):
+        if not path.exists():
+            return
+        state = utils.load_checkpoint(path)
+        if missing := self.state_dict().keys() - state.keys():
+            raise utils.UserError(f"{path} is no checkpoint of this script: it lacks {', '.join(sorted(missing))}; move it away")
+        free = FREE_ON_RESUME + (("epochs",) if self.args.schedule == "constant" else ())
+        utils.check_same_run(state["args"], plain(self.args), path, free)
+        try:
+            self.load_state_dict(state)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise utils.UserError(f"{path} does not fit this network: {error}; move it away") from error
+
+
+def build_criterion(args):
+    given = {name: getattr(args, name) for name in PAPER_ONLY if getattr(args, name) is not None}
+    try:
+        return AUCCLLoss.preset(args.preset, learn=tuple(name for name in args.learn if name != "none"), **given)
+    except ValueError as error:
+        raise utils.UserError(str(error)) from error
+
+
+def plain(args):
+    """The flags as plain data, for the checkpoint."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def train_epoch(run, save, interruption):
+    """One pass over the data; goes on at run.step, and leaves there if interrupted. `save()` writes a checkpoint."""
+    args = run.args
+    run.model.train()
+    batches = epoch_batches(len(run.data.train), args.batch_size, args.seed, run.epoch, start=run.step * args.accum_iter)
+    generator = torch.Generator()
+    title = f"epoch {run.epoch + 1}/{args.epochs}"
+    for step, note in utils.progress(range(run.step, run.steps), run.step, run.steps, title):
+        started = time.monotonic()
+        set_learning_rates(run, step)
+        generator.manual_seed(utils.stream_seed(args.seed, run.epoch, step))
+        run.optimizer.zero_grad()
+        for _ in range(args.accum_iter):
+            images = run.data.train[next(batches)].to(run.device, non_blocking=True)      # uint8 [B, 3, S, S]
+            views = torch.cat(run.augment(images, generator))                             # [2B, 3, S, S]
+            with run.autocast():
+                z0, z1 = run.network(views.contiguous(memory_format=torch.channels_last)).chunk(2)  # [B, D] each
+                loss = run.criterion(z0, z1)
+            (loss / args.accum_iter).backward()
+            run.sums += torch.stack([loss.detach(), *run.criterion.means]) / args.accum_iter
+        run.optimizer.step()
+        run.step = step + 1
+        run.epoch_seconds += time.monotonic() - started
+        note(f"loss {finite_loss(run):.4g}")
+        if interruption.signal or (args.save_every and run.step % args.save_every == 0 and run.step < run.steps):
+            save()
+        if interruption.signal:
+            interruption.leave(f"saved after step {run.step}/{run.steps} of epoch {run.epoch + 1}; the same command resumes")
+
+
+def set_learning_rates(run, step):
+    args = run.args
+    if args.schedule == "constant":
+        return
+    factor = utils.cosine_schedule(run.epoch * run.steps + step, args.epochs * run.steps, 1.0,
+                                   warmup_steps=round(args.warmup_epochs * run.steps))
+    for group in run.optimizer.param_groups:
+        group["lr"] = factor * group["base_lr"]
+
+
+def finite_loss(run):
+    """The epoch's mean loss so far. UserError if it is not finite, before anything of it could be saved."""
+    loss = run.sums[0].item() / run.step
+    if not math.isfinite(loss):
+        raise utils.UserError(f"the loss is not finite at step {run.step} of epoch {run.epoch + 1}; lower --lr or --weights_lr. "
+                              "The last checkpoint is intact")
+    return loss
+
+
+@torch.no_grad()
+def evaluate(run):
+    """k-NN accuracy of the backbone's features, and the AUC of positive against negative pairs of the embeddings of the first
+    test images under two fixed random views."""
+    args, data = run.args, run.data
+
+    def features(images):
+        with run.autocast():
+            return extract_features(run.model.backbone, (
+                normalize(batch.to(run.device), CIFAR_MEAN, CIFAR_STD).contiguous(memory_format=torch.channels_last)
+                for batch in images.split(EVAL_BATCH)))
+    top1, top5 = knn_accuracy(features(data.bank), data.bank_labels, features(data.test), data.test_labels, ks=(args.nb_knn,),
+                              temperature=args.temperature)[args.nb_knn]
+    generator = torch.Generator().manual_seed(utils.stream_seed(args.seed))
+    views = run.augment(data.test[:PAIR_IMAGES].to(run.device), generator)
+    run.model.eval()
+    with run.autocast():
+        z0, z1 = (run.model(view.contiguous(memory_format=torch.channels_last)) for view in views)
+    return {"test_acc@1": top1, "test_acc@5": top5, "test_auc": pair_auc(z0, z1)}
+
+
+def make_record(run, evaluation):
+    loss, positive, negative = (run.sums / run.steps).tolist()
+    weights = {name: getattr(run.criterion, name).item() for name in WEIGHTS}
+    images = run.steps * run.args.batch_size * run.args.accum_iter
+    return {"epoch": run.epoch, "train_loss": loss, **evaluation, "positive": positive, "negative": negative, **weights,
+            "train_lr": run.optimizer.param_groups[0]["lr"], "images_per_s": images / run.epoch_seconds, "seconds": run.seconds}
+
+
+def main(argv=None):
+    run = Run(parse_args(argv))
+    args = run.args
+    folder = utils.make_output_dir(args.output_dir)
+    checkpoint = folder / "checkpoint.pth"
+    run.resume(checkpoint)
+    log = utils.RunLog(folder, f"{folder.name}_statistics.csv", run.epoch)
+    interruption = utils.Interruption()
+    print(f"{args.dataset}: {len(run.data.train)} images; {args.arch}, {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f} M "
+          f"parameters; {run.device}, {run.amp_dtype or torch.float32}; epoch {run.epoch}, step {run.step}; {folder}", flush=True)
+
+    def save():
+        utils.save_checkpoint(run.state_dict(), checkpoint)
+    while run.epoch < args.epochs:
+        train_epoch(run, save, interruption)
+        started = time.monotonic()
+        evaluation = evaluate(run)
+        run.seconds += run.epoch_seconds + time.monotonic() - started
+        log.write(make_record(run, evaluation))
+        run.epoch, run.step, run.epoch_seconds = run.epoch + 1, 0, 0.0
+        run.sums.zero_()
+        save()
+        if interruption.signal:
+            interruption.leave(f"saved after epoch {run.epoch}; the same command resumes")
+    draw_curves({folder.name: log.records}, folder / "curves.png")
+    print(f"done: {utils.format_record(log.records[-1])}\ncurves: {folder / 'curves.png'}", flush=True)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

@@ -1,0 +1,65 @@
+"""Runs cifar/main.py in a forked process that a signal hits at the n-th call of a function: an instant chosen, not left to chance."""
+import os
+import resource
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import utils
+from cifar import main
+
+POINTS = {"step": (torch.optim.AdamW, "step"),  # within an epoch
+          "fsync": (os, "fsync"),               # a file is written aside, but not renamed yet
+          "replace": (os, "replace")}           # it has just been renamed
+
+
+def run(arguments: list[str], folder: Path, point: str | None = None, count: int = 0, name: str = "KILL") -> SimpleNamespace:
+    """main.py with `arguments`, as its users start it: returncode (negative for a signal), stdout, stderr; output via `folder`.
+
+    point: a key of POINTS, at whose `count`-th call the process sends itself SIG`name`; or "disk": no file can grow beyond
+    `count` bytes.
+    """
+    files = [folder / name for name in ("stdout", "stderr")]
+    if (pid := os.fork()) == 0:
+        _become_script(arguments, files, point, count, name)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return SimpleNamespace(returncode=code, stdout=files[0].read_text(), stderr=files[1].read_text())
+
+
+def _become_script(arguments, files, point, count, name):
+    code = 1
+    try:
+        for descriptor, (file, stream) in enumerate(zip(files, ("stdout", "stderr")), 1):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+            setattr(sys, stream, open(descriptor, "w", buffering=1, closefd=False))
+        torch.set_num_threads(1)  # the parent's threads are not here
+        if point == "disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
+        elif point:
+            _arm(point, count, name)
+        utils.run_script(lambda: main.main(arguments))
+        code = 0
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def _arm(point, count, name):
+    owner, attribute = POINTS[point]
+    original, calls = getattr(owner, attribute), 0
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        result = original(*args, **kwargs)
+        if calls == count:
+            os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
+        return result
+    setattr(owner, attribute, counted)
