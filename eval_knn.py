@@ -3,8 +3,9 @@
     accuracy = knn_accuracy(bank, bank_labels, queries, query_labels, ks=(10, 20, 100, 200))
     top1, top5 = accuracy[200]                                                             # percent
 
-The classifier is that of Wu et al., "Unsupervised feature learning via non-parametric instance discrimination" (CVPR 2018), as DINO uses it.
-The search is exact, in float32, and holds a few chunks in memory whatever the number of images, classes and neighbours.
+The classifier is that of Wu et al., "Unsupervised feature learning via non-parametric instance discrimination" (CVPR 2018), as
+DINO uses it. The search is exact, in float32, and holds a few chunks in memory whatever the number of images, classes and
+neighbours.
 """
 from contextlib import contextmanager
 
@@ -22,8 +23,8 @@ LAST = torch.iinfo(torch.int64).min         # the key behind every neighbour's
 def knn_accuracy(bank, bank_labels, queries, query_labels, ks=(10, 20, 100, 200), temperature=0.07, num_classes=None, vote="exp"):
     """Top-1 and top-5 accuracy, in percent, of `knn_classify`: a dict k -> (top1, top5).
 
-    query_labels: [Q] integers, Q >= 1, below num_classes where that is given; a class beyond the bank's is otherwise a miss. Other arguments
-    and errors as for `knn_classify`. With C < 5 classes top-5 is top-C.
+    query_labels: [Q] integers, Q >= 1, below num_classes where that is given; a class beyond the bank's is otherwise a miss.
+    Other arguments and errors as for `knn_classify`. With C < 5 classes top-5 is top-C.
     """
     _check_labels(queries, query_labels, num_classes, "query")
     accuracy = {}
@@ -35,17 +36,22 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, ks=(10, 20, 100, 200)
 
 @torch.no_grad()
 def knn_classify(bank, bank_labels, queries, ks=(200,), temperature=0.07, num_classes=None, vote="exp"):
-    """The five classes that each query's k nearest neighbours vote highest: a dict k -> [Q, min(5, num_classes)] int64, best first.
+    """The five classes that each query's k nearest neighbours vote highest.
 
-    bank: [N, D], bank_labels: [N] integers, queries: [Q, D]. Features of any float dtype, normalised here; zero rows have cosine 0 with all.
+    bank: [N, D], bank_labels: [N] integers, queries: [Q, D]. Features of any float dtype, normalised here; a zero row has cosine
+    0 with all.
     ks: numbers of neighbours, all served by one search; one above N takes the whole bank.
     num_classes: by default the largest label of the bank plus one.
     vote: what a neighbour adds to its class, "exp" exp(cos / temperature) or "linear" (cos + 1) / 2.
 
-    Of equal cosines the lower bank index is nearer; of equal scores the lower class is first, classes without a vote included. Cosines are
-    float32 and scores float64 as computed: chunks of another size can move the last bit of a cosine, and CUDA adds votes in no fixed order.
+    Returns a dict k -> [Q, min(5, num_classes)] int64, the best class first.
 
-    ValueError: shapes, lengths or labels that do not fit, an empty bank, features that are not finite, k < 1, temperature <= 0, an unknown vote.
+    Of equal cosines the lower bank index is nearer; of equal scores the lower class is first, classes without a vote included.
+    Cosines are float32 and scores float64 as computed: chunks of another size can move the last bit of a cosine, and CUDA adds
+    votes in no fixed order.
+
+    ValueError: shapes, lengths or labels that do not fit, an empty bank, features that are not finite, k < 1, temperature <= 0,
+    an unknown vote.
     """
     _check_features(bank, queries)
     _check_labels(bank, bank_labels, num_classes, "bank")
@@ -82,7 +88,7 @@ def knn_search(bank, queries, k):
 def knn_vote(cos, labels, num_classes, ks=(200,), temperature=0.07, vote="exp"):
     """The vote of `knn_classify` among neighbours already found; for several temperatures, search once and vote for each.
 
-    cos, labels: [Q, n], the neighbours' cosines, nearest first, and classes. A dict k -> [Q, min(5, num_classes)]; holds [Q, num_classes].
+    cos, labels: [Q, n], the neighbours' cosines, nearest first, and classes. Returns as `knn_classify`; holds [Q, num_classes].
     """
     _check_vote(ks, temperature, vote)
     cos = cos.double()                      # a wide range: at temperature 0.001 a neighbour 0.2 behind votes exp(-200)
@@ -99,7 +105,7 @@ def knn_vote(cos, labels, num_classes, ks=(200,), temperature=0.07, vote="exp"):
 
 
 def _search(bank, queries, k):
-    """The neighbours of `knn_search` as `_keys`, [Q, k] int64: all k are real, since k <= N, and sorting keys is what settles ties."""
+    """The neighbours of `knn_search` as `_keys`, [Q, k] int64: all k are real, since k <= N; sorting keys settles ties."""
     nearest = torch.full((len(queries), k), LAST, device=bank.device)
     step = max(1, min(len(bank), BANK_CHUNK, BANK_FEATURES // bank.shape[1]))
     # One buffer for all products: on a CPU, the first touch of fresh memory costs as much as selecting from it.
@@ -123,8 +129,8 @@ def _padded(columns):
 def _candidates(cos, k):
     """Keys of entries of cos [q, n], n a multiple of BLOCK, that include the k largest of each row: [q, min(PART * k, n)].
 
-    The k largest lie in the k blocks of columns with the largest maxima: an entry of any other block is behind k of them. So blocks are
-    discarded first, then parts of those left. Both rank by (maximum, lower column), which keeps the rule for ties.
+    The k largest lie in the k blocks of columns with the largest maxima: an entry of any other block is behind k of them. So blocks
+    are discarded first, then parts of those left. Both rank by (maximum, lower column), which keeps the rule for ties.
     """
     queries, width = cos.shape
     first_entry = torch.arange(queries, device=cos.device)[:, None] * width
@@ -159,7 +165,7 @@ def _flip_negative(bits):
 
 
 def _unit_rows(features):
-    """Rows of length one in float32; zero rows stay zero. Scaled by the largest entry first, lest the squares overflow or vanish."""
+    """Rows of length one in float32; a zero row stays zero. Scaled by the largest entry first, lest squares overflow or vanish."""
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     largest = torch.linalg.vector_norm(features, torch.inf, dim=1, keepdim=True)
     if not largest.isfinite().all():

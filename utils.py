@@ -91,7 +91,8 @@ def select_amp(name: str, device: torch.device) -> torch.dtype | None:
 def stream_seed(*keys: int) -> int:
     """A 63-bit seed for the random stream named by `keys` (seed, rank, epoch, step, ...). Streams of different keys are
     independent, and none needs to be saved: after a resume the keys name it again."""
-    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    words = np.random.SeedSequence((len(keys), *keys)).generate_state(1, np.uint64)  # it takes (1,) and (1, 0) for the same
+    return int(words[0] >> np.uint64(1))
 
 
 def cosine_schedule(step: int, steps: int, base: float, final: float = 0.0, warmup_steps: int = 0) -> float:

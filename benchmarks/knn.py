@@ -3,10 +3,10 @@
     python benchmarks/knn.py                                            # 50,000 x 10,000 images, 1,000 classes; minutes
     python benchmarks/knn.py --bank 10000 --queries 2000 --runs 5       # seconds
 
-The peer is the usual code: for a hundredth of the queries at a time, one product with the whole bank, topk, the neighbours' classes as a one-hot
-tensor [q, k, C] times their weights, a sum over neighbours, a sort over classes. Both are given float32 features of length one and return top-1
-and top-5. Runs alternate and medians are compared; where others use the machine too, CPU time is the steadier figure. Memory is the peak of a fresh
-process above what it held before the call.
+The peer is the usual code: for a hundredth of the queries at a time, one product with the whole bank, topk, the neighbours'
+classes as a one-hot tensor [q, k, C] times their weights, a sum over neighbours, a sort over classes. Both are given float32
+features of length one and return top-1 and top-5. Runs alternate and medians are compared; where others use the machine too, CPU
+time is the steadier figure. Memory is the peak of a fresh process above what it held before the call.
 """
 import argparse
 import functools
@@ -44,7 +44,7 @@ METHODS = {"ours": ours, "dense": dense}
 
 
 def problem(bank, queries, dim, num_classes, k, spread=4.0):
-    """Arguments of a method: features of length one around random class centres, made in place so that memory peaks only in the method."""
+    """Arguments of a method: features of length one around random class centres, made in place so that memory peaks later."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(num_classes, dim, generator=generator)
     arguments = []

@@ -52,7 +52,7 @@ def make_warm_step(name, n, dim):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, nargs="+", default=[128, 512, 2048, 4096], help="n, against the peers")
-    parser.add_argument("--linear", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="n of the fitted growth, ours alone")
+    parser.add_argument("--linear", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="n of the fitted growth")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--runs", type=int, default=7)
     args = parser.parse_args()

@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 # What a flag that is not given takes from --preset; the reasons for `paper`'s values stand in results/README.md.
 RECIPES = {
     "paper": dict(projector=(2048, 1024), batch_size=256, epochs=200, lr=2e-3, schedule="cosine", warmup_epochs=2.0,
-                  weight_decay=1e-4, crop_scale=(0.2, 1.0), weights_lr=1e-2, learn=WEIGHTS),
+                  weight_decay=1e-4, crop_scale=(0.2, 1.0), weights_lr=1e-3, learn=WEIGHTS),
     "released-cifar": dict(projector=(512, 128), batch_size=128, epochs=500, lr=1e-3, schedule="constant", warmup_epochs=0.0,
                            weight_decay=1e-4, crop_scale=(0.08, 1.0), weights_lr=1e-3, learn=("b",)),
 }
@@ -55,7 +55,7 @@ def parse_args(argv=None):
     add("--schedule", choices=("cosine", "constant"), help=_by_preset("of the learning rates", "schedule"))
     add("--warmup_epochs", type=utils.non_negative_float, help=_by_preset("of linear warm-up", "warmup_epochs"))
     add("--weight_decay", type=utils.non_negative_float, help=_by_preset("of the network", "weight_decay"))
-    add("--crop_scale", type=float, nargs=2, metavar=("MIN", "MAX"), help=_by_preset("share of the area a crop takes", "crop_scale"))
+    add("--crop_scale", type=float, nargs=2, metavar=("MIN", "MAX"), help=_by_preset("share of the area in a crop", "crop_scale"))
     add("--weights_lr", type=utils.non_negative_float, help=_by_preset("learning rate of a, b and alpha", "weights_lr"))
     add("--learn", nargs="+", choices=(*WEIGHTS, "none"), help=_by_preset("which of a, b, alpha are learned", "learn"))
     add("--negative_weight", type=_number_or_sum, help="nu: a number, or 'sum' for the negatives per anchor (default: the loss's)")
@@ -231,9 +231,10 @@ def evaluate(run):
 
     def features(images):
         with run.autocast():
-            return extract_features(run.model.backbone, (
+            rows = extract_features(run.model.backbone, (
                 normalize(batch.to(run.device), CIFAR_MEAN, CIFAR_STD).contiguous(memory_format=torch.channels_last)
                 for batch in images.split(EVAL_BATCH)))
+        return rows.cpu() if run.device.type == "mps" else rows  # the k-NN votes in float64, which MPS lacks
     top1, top5 = knn_accuracy(features(data.bank), data.bank_labels, features(data.test), data.test_labels, ks=(args.nb_knn,),
                               temperature=args.temperature)[args.nb_knn]
     generator = torch.Generator().manual_seed(utils.stream_seed(args.seed))
@@ -260,8 +261,9 @@ def main(argv=None):
     run.resume(checkpoint)
     log = utils.RunLog(folder, f"{folder.name}_statistics.csv", run.epoch)
     interruption = utils.Interruption()
-    print(f"{args.dataset}: {len(run.data.train)} images; {args.arch}, {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f} M "
-          f"parameters; {run.device}, {run.amp_dtype or torch.float32}; epoch {run.epoch}, step {run.step}; {folder}", flush=True)
+    parameters = sum(p.numel() for p in run.model.parameters())
+    print(f"{args.dataset}: {len(run.data.train)} images; {args.arch}, {parameters / 1e6:.1f} M parameters; {run.device}, "
+          f"{run.amp_dtype or torch.float32}; epoch {run.epoch}, step {run.step}; {folder}", flush=True)
 
     def save():
         utils.save_checkpoint(run.state_dict(), checkpoint)

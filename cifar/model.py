@@ -13,7 +13,8 @@ def small_resnet() -> ResNet:
     return net
 
 
-ARCHS = {"resnet18": (resnet18, 1), "resnet34": (resnet34, 1), "resnet50": (resnet50, 1), "small": (small_resnet, 2)}  # stem's stride
+# arch -> (constructor, stride of the 3x3 stem)
+ARCHS = {"resnet18": (resnet18, 1), "resnet34": (resnet34, 1), "resnet50": (resnet50, 1), "small": (small_resnet, 2)}
 
 
 class ContrastiveNet(nn.Module):

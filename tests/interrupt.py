@@ -1,4 +1,4 @@
-"""Runs cifar/main.py in a forked process that a signal hits at the n-th call of a function: an instant chosen, not left to chance."""
+"""Runs cifar/main.py in a forked process that a signal hits at the n-th call of a function: an instant chosen, not chance's."""
 import os
 import resource
 import signal

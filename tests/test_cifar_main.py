@@ -198,7 +198,8 @@ def test_mistakes_are_one_line(images, tmp_path, more, message):
 
 
 @pytest.mark.parametrize("arguments", [["--arch", "resnet51"], ["--dataset", "cifar11"], ["--epochs", "0"], ["--no_such_flag"],
-                                       ["--epoch", "3"], ["--negative_weight", "many"], ["--data_path", "/nowhere", "--dataset", "folder"]])
+                                       ["--epoch", "3"], ["--negative_weight", "many"],
+                                       ["--data_path", "/nowhere", "--dataset", "folder"]])
 def test_mistakes_end_with_code_2_and_no_traceback(arguments, tmp_path):
     result = interrupt.run(arguments, tmp_path)
     assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
@@ -306,7 +307,8 @@ def test_the_released_projector_is_2048_512_128():
     with torch.device("meta"):
         head = ContrastiveNet("resnet50", main.RECIPES["released-cifar"]["projector"]).head
     shapes = [tuple(layer.weight.shape) for layer in head if isinstance(layer, torch.nn.Linear)]
-    assert shapes == [(512, 2048), (128, 512)] and [type(layer).__name__ for layer in head] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert shapes == [(512, 2048), (128, 512)]
+    assert [type(layer).__name__ for layer in head] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
 
 
 def test_log_lines_are_json(uninterrupted):
