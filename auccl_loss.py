@@ -199,6 +199,11 @@ def _sum_over_ranks(*tensors: Tensor, gather: bool) -> list[Tensor]:
     return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
 
 
+def _mean_over_ranks(grad: Tensor) -> Tensor:
+    mean, = _sum_over_ranks(grad, gather=True)
+    return mean / _world_size(True)
+
+
 def _check_views(first: Tensor, second: Tensor, dims: int, world: int = 1) -> None:
     names = "[n, D]" if dims == 2 else "[views, n, D]"
     for x in (first, second):
@@ -244,8 +249,12 @@ class AUCCLLoss(nn.Module):
         for name, value in (("negative_weight", negative_weight), ("margin_negative_weight", margin_negative_weight)):
             if value != "sum" and (isinstance(value, str) or not 0 < value < math.inf):
                 raise ValueError(f"{name} must be a positive number or 'sum', got {value!r}")
+        if not all(map(math.isfinite, (a, b, alpha, margin))):
+            raise ValueError(f"a, b, alpha and margin must be finite, got {a}, {b}, {alpha}, {margin}")
         for name, value in zip(WEIGHTS, (a, b, alpha)):
             setattr(self, name, nn.Parameter(torch.tensor(float(value)), requires_grad=name in learn))
+            if name in learn and not gather:  # this rank's gradient: averaged, so that the weights stay equal on all ranks
+                getattr(self, name).register_hook(_mean_over_ranks)
         self.margin, self.score, self.gather = float(margin), score, gather
         self.negative_weight, self.margin_negative_weight = negative_weight, margin_negative_weight
         self.means = None             # [2], detached: positive and negative mean score of the last call
@@ -283,7 +292,8 @@ class AUCCLLoss(nn.Module):
         plain steps on b are refused (ValueError).
         """
         if not adaptive and self.b.requires_grad and self.negative_weight == "sum":
-            raise ValueError("negative_weight='sum' has no fixed step for b: hold b, or use an adaptive optimiser")
+            raise ValueError("negative_weight='sum' has no fixed plain step for b: use Adam and param_groups(lr, adaptive=True), "
+                             "or hold b")
         b_scale = 1.0 if adaptive or not self.b.requires_grad else 1.0 / max(1.0, self.negative_weight)
         steps = {"a": lr, "b": lr * b_scale, "alpha": lr}
         return [{"params": [weight], "lr": steps[name], "weight_decay": 0.0, "maximize": name == "alpha"}
@@ -318,7 +328,7 @@ class AUCCLLoss(nn.Module):
 
     def _check_equal_over_ranks(self) -> None:
         """The gradients of a, b, alpha are global, so the weights stay equal on all ranks if they start equal."""
-        if self._checked_equal or _world_size(self.gather) == 1:
+        if self._checked_equal or _world_size(True) == 1:
             return
         mine = torch.stack([getattr(self, name).detach() for name in WEIGHTS])
         low, high = mine.clone(), mine.clone()
@@ -382,7 +392,7 @@ class ReleasedImageNetLoss(AUCCLLoss):
                  teacher_temp: float = 0.04, student_temp: float = 0.1, center_momentum: float = 0.9):
         if "alpha" in learn:
             raise ValueError("released-imagenet is linear in alpha: it can only be held")
-        super().__init__(a, b, alpha, learn=learn, score="unit", gather=False)
+        super().__init__(a, b, alpha, negative_weight=32.0, learn=learn, score="unit", gather=False)
         self.teacher_temp, self.student_temp, self.center_momentum = teacher_temp, student_temp, center_momentum
         self.register_buffer("center", torch.zeros(1))  # [D] from the first call on
 
@@ -395,6 +405,7 @@ class ReleasedImageNetLoss(AUCCLLoss):
             teacher, student = _at_least_float32(teacher.detach()), _at_least_float32(student)
             q = ((teacher - self.center) / self.teacher_temp).softmax(-1)
             moments = teacher_student_moments(q, student / self.student_temp, gather=False)
+            self._check_equal_over_ranks()
             self._remember(moments, *SCORES["unit"])
             if self.training:
                 self._update_center(teacher)
@@ -408,8 +419,7 @@ class ReleasedImageNetLoss(AUCCLLoss):
 
     @torch.no_grad()
     def _update_center(self, teacher: Tensor) -> None:
-        mean, = _sum_over_ranks(teacher.mean((0, 1)), gather=True)
-        mean = mean / _world_size(True)
+        mean = _mean_over_ranks(teacher.mean((0, 1)))
         self.center = (self.center * self.center_momentum + mean * (1 - self.center_momentum)).to(self.center.dtype)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):

@@ -29,6 +29,8 @@ def run_script(main) -> None:
         main()
     except UserError as error:
         sys.exit(_fail(str(error)))
+    except KeyboardInterrupt:  # before or after the loop that `Interruption` guards
+        sys.exit(130)
 
 
 def _fail(message: str) -> int:
@@ -60,8 +62,8 @@ def positive_int(text: str) -> int:
 
 def non_negative_float(text: str) -> float:
     value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, got {text}")
+    if not 0 <= value <= 1e9:
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1e9, got {text}")
     return value
 
 
@@ -72,9 +74,13 @@ def select_device(name: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
-    if not available.get(name.split(":")[0], False):
-        raise UserError(f"device {name!r} is not available here; use --device {'|'.join(k for k, v in available.items() if v)}")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        if available.get(device.type, False) and (device.index or 0) < (torch.cuda.device_count() if device.type == "cuda" else 1):
+            return device
+    except RuntimeError:  # no device's name
+        pass
+    raise UserError(f"device {name!r} is not available here; use --device {'|'.join(k for k, v in available.items() if v)}")
 
 
 def select_amp(name: str, device: torch.device) -> torch.dtype | None:
@@ -150,6 +156,7 @@ def check_same_run(saved: dict, args: dict, path: Path, free: tuple[str, ...] = 
 
 
 def make_output_dir(path: Path) -> Path:
+    """The folder, made if missing. UserError if it cannot be written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / ".writable").touch()
@@ -164,6 +171,8 @@ def _flag(value) -> str:
 
 
 def _reason(error: Exception) -> str:
+    while not isinstance(error, OSError) and isinstance(error.__context__, Exception):
+        error = error.__context__  # what torch.save wraps
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.strip().splitlines()[0][:200]
 
@@ -218,11 +227,20 @@ class RunLog:
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records of a log.txt, oldest first; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The records of a log.txt, oldest first; none if there is no such file. UserError if a line is no record."""
+    if not path.exists():
+        return []
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the log {path}: {_reason(error)}; move it away") from error
+    if not all(isinstance(record, dict) and "epoch" in record for record in records):
+        raise UserError(f"{path} is no log of epochs; move it away")
+    return records
 
 
 def format_record(record: dict) -> str:
+    """A record as one line for the screen."""
     return "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in record.items())
 
 

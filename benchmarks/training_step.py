@@ -1,10 +1,11 @@
-"""Images per second of a training step of cifar/main.py against the plain way: float32, contiguous layout, PIL in the loader.
+"""Images per second of a training step of cifar/main.py against the plain way: float32, contiguous layout, PIL image by image.
 
     python benchmarks/training_step.py                                   # ResNet-18 and ResNet-50, batch 128; minutes
     python benchmarks/training_step.py --arch small --batch_size 256 --runs 10
 
 Ours is the step as main.py takes it: batched augmentation, autocast where the hardware has bf16, channels_last, AUC-CL, AdamW. The
-plain step differs in nothing but those three. Steps alternate, medians count. The operations of a step's forward and backward
+plain step differs in nothing but those three; its images are augmented within the step, since a loader's workers would take their
+time from the same cores. Steps alternate, medians count. The operations of a step's forward and backward
 passes are counted by torch and held against the rate of a large bf16 matrix product on the same machine.
 """
 import argparse
@@ -12,38 +13,18 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms
-from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from auccl_loss import AUCCLLoss  # noqa: E402
-from augmentations import CIFAR_MEAN, CIFAR_STD, SimCLRAugmentation  # noqa: E402
+from augmentations import SimCLRAugmentation  # noqa: E402
+from benchmarks.augmentation import torchvision_on_pil  # noqa: E402
 from benchmarks.measure import alternate, machine, matrix_rate, median_wall  # noqa: E402
 from cifar.model import ARCHS, ContrastiveNet  # noqa: E402
 from utils import select_amp  # noqa: E402
 
 PROJECTOR = (2048, 1024)
-
-
-class PILViews(Dataset):
-    """Two views of each image by torchvision's transforms on PIL, as usual training scripts make them in their loader."""
-
-    def __init__(self, images, length):
-        self.images, self.length = [to_pil_image(image) for image in images], length
-        self.augment = transforms.Compose([
-            transforms.RandomResizedCrop(32, scale=(0.2, 1.0)), transforms.RandomHorizontalFlip(),
-            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), transforms.RandomGrayscale(0.2),
-            transforms.ToTensor(), transforms.Normalize(CIFAR_MEAN, CIFAR_STD)])
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, index):
-        image = self.images[index % len(self.images)]
-        return self.augment(image), self.augment(image)
 
 
 def make_step(make_views, arch, amp_dtype, layout):
@@ -84,10 +65,9 @@ def main():
     images = torch.randint(0, 256, (args.batch_size, 3, 32, 32), dtype=torch.uint8)
     for arch in args.arch:
         generator, augment = torch.Generator().manual_seed(0), SimCLRAugmentation()
-        loader = iter(DataLoader(PILViews(images, args.batch_size * (args.runs + 1)), args.batch_size, num_workers=1))
         times = median_wall(alternate({
             "ours": make_step(lambda: augment(images, generator), arch, amp_dtype, torch.channels_last),
-            "plain": make_step(lambda: next(loader), arch, None, torch.contiguous_format)}, args.runs))
+            "plain": make_step(torchvision_on_pil(images), arch, None, torch.contiguous_format)}, args.runs))
         rate = matrix_rate(torch.bfloat16)
         operations = count_operations(arch, 2 * args.batch_size)
         reached = operations / times["ours"] / 1e9

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils  # noqa: E402
 
+FIELDS = {"test_acc@1", "train_loss", "positive", "negative", "a", "b", "alpha", "test_auc"}
 DASHES = ("-", "--", ":", "-.")  # runs differ in their dashes, so that the picture reads in black and white
 
 
@@ -37,10 +38,8 @@ def draw_curves(runs: dict, path: Path) -> None:
             axis.legend(fontsize=7)
     if len(runs) == 1:
         figure.suptitle(next(iter(runs)), fontsize=10)
-    aside = path.with_name("partial." + path.name)
-    figure.savefig(aside, dpi=150)
+    utils.replace_file(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=150), "wb")
     plt.close(figure)
-    aside.replace(path)
 
 
 def main():
@@ -48,9 +47,13 @@ def main():
     parser.add_argument("logs", type=Path, nargs="+", help="log.txt of each run; a curve is named after its folder")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the picture")
     args = parser.parse_args()
-    runs = {log.parent.name: utils.read_records(log) for log in args.logs}
-    if empty := [name for name, records in runs.items() if not records]:
-        raise utils.UserError(f"no records in the log of {', '.join(empty)}; name log.txt files of cifar/main.py")
+    if args.output.suffix not in (".png", ".pdf", ".svg"):
+        raise utils.UserError(f"--output must end with .png, .pdf or .svg, got {args.output}")
+    names = [log.resolve().parent.name for log in args.logs]
+    runs = {name if names.count(name) == 1 else str(log): utils.read_records(log) for name, log in zip(names, args.logs)}
+    for name, records in runs.items():
+        if not records or not all(record.keys() >= FIELDS for record in records):
+            raise utils.UserError(f"the log of {name} holds no records of cifar/main.py; name its log.txt")
     draw_curves(runs, args.output)
 
 

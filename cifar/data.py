@@ -34,8 +34,6 @@ def load_data(name: str, path: Path, size: int | None = None) -> ImageData:
     """
     size = size or NATIVE_SIZE.get(name, 32)
     if name == "shapes":
-        if size != 32:
-            raise utils.UserError(f"shapes are drawn at 32 pixels; leave --image_size {size} out")
         bank, bank_labels = draw_shapes("train")
         return ImageData(bank, bank, bank_labels, *draw_shapes("test"))
     train, test = (utils.build_dataset(name, path, split) for split in ("train", "test"))
@@ -59,7 +57,7 @@ def decode(dataset, size: int) -> tuple[Tensor, Tensor]:
         images[index] = pil_to_tensor(fit(image))
         labels[index] = label
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
-        for _ in pool.map(store, range(len(dataset)), chunksize=256):
+        for _ in pool.map(store, range(len(dataset))):
             pass
     return images, labels
 

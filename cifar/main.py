@@ -8,7 +8,6 @@
 The same command again resumes. Everything is written below --output_dir: checkpoint.pth, log.txt (a JSON record an epoch), the
 same records as ..._statistics.csv and for TensorBoard, and curves.png at the end.
 """
-import math
 import sys
 import time
 from pathlib import Path
@@ -37,6 +36,7 @@ PAPER_ONLY = ("negative_weight", "margin_negative_weight", "score")  # arguments
 FREE_ON_RESUME = ("output_dir", "data_path", "device", "save_every")
 PAIR_IMAGES = 512  # test images whose pairs the AUC is taken over
 EVAL_BATCH = 512
+NOTE_EVERY = 10   # steps between looks at the loss, each of which waits for the device
 
 
 def parse_args(argv=None):
@@ -44,7 +44,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--preset", choices=RECIPES, default="paper", help="objective, and the defaults below that depend on it")
     add("--dataset", choices=DATASETS, default="cifar10", help="'folder': class folders of any images; 'shapes': drawn by code")
-    add("--data_path", type=Path, default=HERE / "datasets", help="download root, or the folder of --dataset folder")
+    add("--data_path", type=Path, help="the folder of --dataset folder, or where to download (default: datasets beside this script)")
     add("--image_size", type=utils.positive_int, help="pixels a side (default: 96 for stl10, else 32)")
     add("--arch", choices=ARCHS, default="resnet50", help="backbone; 'small' is for CPUs")
     add("--projector", type=utils.positive_int, nargs="+", help=_by_preset("widths of the projection head's layers", "projector"))
@@ -74,6 +74,14 @@ def parse_args(argv=None):
 
 def complete_args(args):
     """Fills in what the preset decides. UserError for flags that contradict each other."""
+    if args.learn == ["none"] and args.weights_lr is not None:
+        raise utils.UserError("--weights_lr has nothing to step with --learn none; leave one of them out")
+    if args.dataset == "shapes" and (args.data_path or args.image_size):
+        raise utils.UserError("shapes are drawn by code, at 32 pixels; leave --data_path and --image_size out")
+    if args.dataset == "folder" and not args.data_path:
+        raise utils.UserError("--dataset folder needs --data_path DIR, a folder that holds train/ and test/")
+    if args.image_size and not 8 <= args.image_size <= 1024:
+        raise utils.UserError("--image_size must lie between 8 and 1024 pixels")
     if args.preset != "paper" and (given := [f"--{name}" for name in PAPER_ONLY if getattr(args, name) is not None]):
         raise utils.UserError(f"{', '.join(given)} cannot be used with --preset {args.preset}, which fixes it; use --preset paper")
     for name, value in RECIPES[args.preset].items():
@@ -88,10 +96,13 @@ def complete_args(args):
         raise utils.UserError("--temperature must be above 0")
     if not args.lr > 0:
         raise utils.UserError("--lr must be above 0")
-    if args.seed < 0:
-        raise utils.UserError("--seed must be at least 0")
+    if not 0 <= args.seed < 2**63:
+        raise utils.UserError("--seed must lie between 0 and 2^63 - 1")
+    if args.batch_size < 2:
+        raise utils.UserError("--batch_size must be at least 2: negative pairs need two images")
     name = f"{args.dataset}_{args.arch}_{args.preset}_b{args.batch_size * args.accum_iter}_s{args.seed}"
-    args.output_dir = args.output_dir or HERE / "results" / name
+    args.output_dir = (args.output_dir or HERE / "results" / name).resolve()
+    args.data_path = args.data_path or HERE / "datasets"
     return args
 
 
@@ -111,8 +122,12 @@ class Run:
         self.args = args
         self.device = utils.select_device(args.device)
         self.amp_dtype = utils.select_amp(args.amp, self.device)
-        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.deterministic = True  # the same command gives the same bits
+        self.criterion = build_criterion(args).to(self.device)
         self.data = load_data(args.dataset, args.data_path, args.image_size)
+        if len(self.data.test) < 2:
+            raise utils.UserError(f"the test set has {len(self.data.test)} image; the AUC of its pairs needs at least two")
+        self.fingerprint = [len(self.data.train), self.data.train.sum(dtype=torch.int64).item()]  # a resume must see the same data
         self.steps = len(self.data.train) // (args.batch_size * args.accum_iter)  # per epoch
         if self.steps == 0:
             raise utils.UserError(f"a batch of {args.batch_size} x {args.accum_iter} images is larger than the data set's "
@@ -120,7 +135,6 @@ class Run:
         torch.manual_seed(args.seed)
         self.model = ContrastiveNet(args.arch, args.projector).to(self.device, memory_format=torch.channels_last)
         self.network = torch.compile(self.model) if args.compile else self.model
-        self.criterion = build_criterion(args).to(self.device)
         self.optimizer = torch.optim.AdamW([
             {"params": list(self.model.parameters()), "lr": args.lr, "weight_decay": args.weight_decay},
             *self.criterion.param_groups(args.weights_lr, adaptive=True)], fused=self.device.type in ("cpu", "cuda"))
@@ -134,34 +148,48 @@ class Run:
     def state_dict(self):
         return {"student": self.model.state_dict(), "loss": self.criterion.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "epoch": self.epoch, "step": self.step, "sums": self.sums, "epoch_seconds": self.epoch_seconds,
-                "seconds": self.seconds, "args": plain(self.args)}
+                "seconds": self.seconds, "data": self.fingerprint, "args": plain(self.args)}
 
-    def load_state_dict(self, state):
-        self.model.load_state_dict(state["student"])
-        self.criterion.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name in ("epoch", "step", "epoch_seconds", "seconds"):
-            setattr(self, name, state[name])
-        self.sums.copy_(state["sums"])
+    def load_state_dict(self, state, path):
+        """Goes on from the checkpoint `state`, read from `path`. UserError if it is of another network or other data."""
+        try:
+            if state["data"] != self.fingerprint:
+                raise utils.UserError(f"{path} was trained on other images: {state['data'][0]} there, {self.fingerprint[0]} here, or "
+                                      "other content. Give the same data, or choose another --output_dir")
+            self.model.load_state_dict(state["student"])
+            self.criterion.load_state_dict(state["loss"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            for name in ("epoch", "step", "epoch_seconds", "seconds"):
+                setattr(self, name, state[name])
+            self.sums.copy_(state["sums"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise utils.UserError(f"{path} does not fit this script's network: {error!r}; move it away") from error
+
+    def check_finite(self):
+        """UserError if the loss or a weight is not finite: nothing of it must be saved."""
+        tensors = (self.sums, *self.model.parameters(), *self.criterion.parameters())
+        if not all(torch.isfinite(x).all() for x in tensors):
+            raise utils.UserError(f"training diverged: the loss or a weight is not finite at step {self.step} of epoch "
+                                  f"{self.epoch + 1}; start anew with a lower --lr or --weights_lr. The last checkpoint is as it was")
 
     def autocast(self):
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
-    def resume(self, path):
-        if not path.exists():
-            return
-        state = utils.load_checkpoint(path)
-        if missing := self.state_dict().keys() - state.keys():
-            raise utils.UserError(f"{path} is no checkpoint of this script: it lacks {', '.join(sorted(missing))}; move it away")
-        free = FREE_ON_RESUME + (("epochs",) if self.args.schedule == "constant" else ())
-        utils.check_same_run(state["args"], plain(self.args), path, free)
-        try:
-            self.load_state_dict(state)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise utils.UserError(f"{path} does not fit this network: {error}; move it away") from error
+
+def read_resume(args, path):
+    """The checkpoint at `path`, None if there is none. UserError if it is no checkpoint of a run with the same flags."""
+    if not path.exists():
+        return None
+    state = utils.load_checkpoint(path)
+    if not isinstance(state.get("args"), dict):
+        raise utils.UserError(f"{path} is no checkpoint of this script: it lacks its flags; move it away")
+    free = FREE_ON_RESUME + (("epochs",) if args.schedule == "constant" else ())
+    utils.check_same_run(state["args"], plain(args), path, free)
+    return state
 
 
 def build_criterion(args):
+    """The objective that the flags describe. UserError for values that it refuses."""
     given = {name: getattr(args, name) for name in PAPER_ONLY if getattr(args, name) is not None}
     try:
         return AUCCLLoss.preset(args.preset, learn=tuple(name for name in args.learn if name != "none"), **given)
@@ -197,7 +225,8 @@ def train_epoch(run, save, interruption):
         run.optimizer.step()
         run.step = step + 1
         run.epoch_seconds += time.monotonic() - started
-        note(f"loss {finite_loss(run):.4g}")
+        if run.step % NOTE_EVERY == 0:
+            note(f"loss {run.sums[0].item() / run.step:.4g}")
         if interruption.signal or (args.save_every and run.step % args.save_every == 0 and run.step < run.steps):
             save()
         if interruption.signal:
@@ -205,28 +234,19 @@ def train_epoch(run, save, interruption):
 
 
 def set_learning_rates(run, step):
+    """The schedule's factor times each group's own rate: a linear warm-up, then a cosine to 0 or a constant."""
     args = run.args
-    if args.schedule == "constant":
-        return
     factor = utils.cosine_schedule(run.epoch * run.steps + step, args.epochs * run.steps, 1.0,
+                                   final=1.0 if args.schedule == "constant" else 0.0,
                                    warmup_steps=round(args.warmup_epochs * run.steps))
     for group in run.optimizer.param_groups:
         group["lr"] = factor * group["base_lr"]
 
 
-def finite_loss(run):
-    """The epoch's mean loss so far. UserError if it is not finite, before anything of it could be saved."""
-    loss = run.sums[0].item() / run.step
-    if not math.isfinite(loss):
-        raise utils.UserError(f"the loss is not finite at step {run.step} of epoch {run.epoch + 1}; lower --lr or --weights_lr. "
-                              "The last checkpoint is intact")
-    return loss
-
-
 @torch.no_grad()
 def evaluate(run):
-    """k-NN accuracy of the backbone's features, and the AUC of positive against negative pairs of the embeddings of the first
-    test images under two fixed random views."""
+    """k-NN accuracy of the backbone's features, and the AUC of positive against negative pairs of embeddings, over a random
+    choice of test images under two random views, the same ones in every epoch."""
     args, data = run.args, run.data
 
     def features(images):
@@ -238,7 +258,8 @@ def evaluate(run):
     top1, top5 = knn_accuracy(features(data.bank), data.bank_labels, features(data.test), data.test_labels, ks=(args.nb_knn,),
                               temperature=args.temperature)[args.nb_knn]
     generator = torch.Generator().manual_seed(utils.stream_seed(args.seed))
-    views = run.augment(data.test[:PAIR_IMAGES].to(run.device), generator)
+    chosen = torch.randperm(len(data.test), generator=generator)[:PAIR_IMAGES]  # class folders come sorted by class
+    views = run.augment(data.test[chosen].to(run.device), generator)
     run.model.eval()
     with run.autocast():
         z0, z1 = (run.model(view.contiguous(memory_format=torch.channels_last)) for view in views)
@@ -246,6 +267,7 @@ def evaluate(run):
 
 
 def make_record(run, evaluation):
+    """The record of the epoch just trained: means over its steps, its evaluation, the weights, rates and times."""
     loss, positive, negative = (run.sums / run.steps).tolist()
     weights = {name: getattr(run.criterion, name).item() for name in WEIGHTS}
     images = run.steps * run.args.batch_size * run.args.accum_iter
@@ -254,11 +276,16 @@ def make_record(run, evaluation):
 
 
 def main(argv=None):
-    run = Run(parse_args(argv))
-    args = run.args
+    args = parse_args(argv)
     folder = utils.make_output_dir(args.output_dir)
     checkpoint = folder / "checkpoint.pth"
-    run.resume(checkpoint)
+    state = read_resume(args, checkpoint)
+    if state is None and utils.read_records(folder / "log.txt"):
+        raise utils.UserError(f"{folder / 'log.txt'} belongs to a run whose checkpoint is gone; move it away or choose another "
+                              "--output_dir")
+    run = Run(args)
+    if state:
+        run.load_state_dict(state, checkpoint)
     log = utils.RunLog(folder, f"{folder.name}_statistics.csv", run.epoch)
     interruption = utils.Interruption()
     parameters = sum(p.numel() for p in run.model.parameters())
@@ -266,9 +293,13 @@ def main(argv=None):
           f"{run.amp_dtype or torch.float32}; epoch {run.epoch}, step {run.step}; {folder}", flush=True)
 
     def save():
+        run.check_finite()
         utils.save_checkpoint(run.state_dict(), checkpoint)
+    if state is None:
+        save()  # from now on a log has its checkpoint
     while run.epoch < args.epochs:
         train_epoch(run, save, interruption)
+        run.check_finite()
         started = time.monotonic()
         evaluation = evaluate(run)
         run.seconds += run.epoch_seconds + time.monotonic() - started
@@ -278,6 +309,8 @@ def main(argv=None):
         save()
         if interruption.signal:
             interruption.leave(f"saved after epoch {run.epoch}; the same command resumes")
+    if not log.records:
+        raise utils.UserError(f"the run in {folder} is finished, but its log.txt is gone; choose another --output_dir to run it again")
     draw_curves({folder.name: log.records}, folder / "curves.png")
     print(f"done: {utils.format_record(log.records[-1])}\ncurves: {folder / 'curves.png'}", flush=True)
 

@@ -1,9 +1,7 @@
 """The batched augmentation against torchvision's, operation by operation and as a whole."""
 import math
 import random
-import sys
 from itertools import permutations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +10,7 @@ import torchvision.transforms.functional as reference
 from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import augmentations as ours  # noqa: E402
+import augmentations as ours
 
 # Float arithmetic in another order than torchvision's; a step of 8 bits is 4e-3.
 EXACT = 5e-7

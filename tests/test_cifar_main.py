@@ -1,6 +1,7 @@
 """cifar/main.py as its users run it: a whole run, kills and resumes, and every mistake they can make."""
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,9 +91,10 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
 
 
 @pytest.mark.parametrize("kills", [
-    # 4 steps an epoch, saves after steps 2 and 4; a start writes log and CSV, an epoch's end log, CSV and checkpoint
-    [("step", 1), ("step", 3), ("fsync", 3), ("replace", 3), ("step", 4)],     # early; mid-epoch; in and after its save
-    [("fsync", 4), ("replace", 4), ("replace", 5), ("fsync", 6), ("replace", 6)],  # around the records of an epoch's end
+    # 4 steps an epoch, checkpoints after steps 2 and 4. A start writes log and CSV, and if new a checkpoint; an epoch's end writes
+    # log, CSV and checkpoint.
+    [("step", 1), ("fsync", 3), ("replace", 3), ("step", 1), ("step", 2)],         # early; inside and after a save; later
+    [("fsync", 5), ("replace", 3), ("replace", 4), ("fsync", 5), ("replace", 5)],  # around the records of an epoch's end
 ], ids=["inside an epoch", "at its end"])
 def test_kill_and_resume_is_bitwise_the_same(images, uninterrupted, tmp_path, kills):
     output = tmp_path / "run"
@@ -121,7 +123,7 @@ def test_a_full_disk_keeps_what_was_saved(images, tmp_path):
     assert interrupt.run([*arguments, "--epochs", "1"], tmp_path).returncode == 0
     result = interrupt.run(arguments, tmp_path, "disk", 200_000)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
-    assert "cannot write" in result.stderr and "checkpoint.pth" in result.stderr
+    assert "cannot write" in result.stderr and "checkpoint.pth: File too large" in result.stderr
     assert utils.load_checkpoint(output / "checkpoint.pth")["epoch"] == 1
     assert not list(output.glob("*partial*"))
     assert interrupt.run(arguments, tmp_path).returncode == 0  # room again: it goes on
@@ -147,19 +149,55 @@ def test_a_finished_run_says_so_and_changes_nothing(images, uninterrupted, capsy
 
 
 def test_accumulated_batches_make_one_step(images, tmp_path):
-    """Two batches of 12 make the mean gradient: with the network in evaluation mode it equals the mean of two losses."""
+    """Two batches of 12 make the mean of their gradients, seen on a."""
     args = main.parse_args(flags(images, tmp_path, "--accum_iter", "2"))
     run = main.Run(args)
     assert run.steps == 2
-    seen = []
-    original = run.optimizer.step
-    run.optimizer.step = lambda: (seen.append(run.criterion.a.grad.clone()), original())
-    losses = []
-    forward = run.criterion.forward
-    run.criterion.forward = lambda *z: losses.append(forward(*z)) or losses[-1]
+    stepped, losses, grads = [], [], []
+    take_step, forward = run.optimizer.step, run.criterion.forward
+
+    def record(*z):
+        losses.append(forward(*z))
+        grads.append(torch.autograd.grad(losses[-1], run.criterion.a, retain_graph=True)[0])
+        return losses[-1]
+    run.optimizer.step = lambda: (stepped.append(run.criterion.a.grad.clone()), take_step())
+    run.criterion.forward = record
     main.train_epoch(run, save=lambda: None, interruption=type("Quiet", (), {"signal": None}))
-    assert len(losses) == 4 and len(seen) == 2
+    assert len(losses) == 4 and len(stepped) == 2
+    for index, gradient in enumerate(stepped):
+        torch.testing.assert_close(gradient, (grads[2 * index] + grads[2 * index + 1]) / 2)
     assert run.sums[0].item() / run.steps == pytest.approx(sum(x.item() for x in losses) / 4, rel=1e-5)
+
+
+def test_constant_schedule_warms_up_too(images, tmp_path):
+    run = main.Run(main.parse_args(flags(images, tmp_path, "--schedule", "constant", "--warmup_epochs", "0.5")))  # 2 of 4 steps
+    rates = []
+    for step in range(run.steps):
+        main.set_learning_rates(run, step)
+        rates.append([group["lr"] for group in run.optimizer.param_groups])
+    network, weights = run.args.lr, run.args.weights_lr
+    assert rates == [[network / 2] + 3 * [weights / 2]] + 3 * [[network] + 3 * [weights]]
+
+
+def test_compiled_and_plain_runs_share_their_checkpoints(images, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or torch.nn.Sequential(module))
+    run = main.Run(main.parse_args(flags(images, tmp_path, "--compile")))
+    assert compiled == [run.model] and run.network is not run.model
+    main.train_epoch(run, save=lambda: None, interruption=type("Quiet", (), {"signal": None}))
+    assert run.state_dict()["student"].keys() == ContrastiveNet("small", (32, 16)).state_dict().keys()
+
+
+def test_the_auc_is_over_all_classes(images, tmp_path, monkeypatch):
+    """Class folders come sorted: the first test images are all of one class."""
+    monkeypatch.setattr(main, "PAIR_IMAGES", 6)
+    run = main.Run(main.parse_args(flags(images, tmp_path)))
+    seen = []
+    augment = run.augment.forward
+    monkeypatch.setattr(run.augment, "forward", lambda batch, generator: seen.append(batch) or augment(batch, generator))
+    main.evaluate(run)
+    chosen = [index for index, image in enumerate(run.data.test) if any(torch.equal(image, other) for other in seen[0])]
+    assert len(seen[0]) == 6 and set(run.data.test_labels[chosen].tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize("preset", main.RECIPES)
@@ -184,12 +222,17 @@ def test_presets_train(images, tmp_path, preset, learn):
     (["--temperature", "0"], "--temperature"),
     (["--lr", "0"], "--lr"),
     (["--seed", "-1"], "--seed"),
+    (["--seed", str(2**63)], "--seed"),
+    (["--batch_size", "1"], "at least 2"),
+    (["--image_size", "100000"], "--image_size"),
+    (["--learn", "none", "--weights_lr", "0.1"], "--weights_lr"),
+    (["--device", "cpu:x"], "--device cpu"),
     (["--preset", "released-cifar", "--negative_weight", "4"], "--preset paper"),
     (["--preset", "released-cifar", "--learn", "alpha"], "held"),
     (["--negative_weight", "-4"], "positive"),
     (["--device", "abacus"], "--device cpu"),
     (["--data_path", "/nowhere"], "/nowhere/train"),
-    (["--dataset", "shapes", "--image_size", "64"], "--image_size"),
+    (["--dataset", "shapes"], "leave --data_path"),
     (["--output_dir", "/proc/nowhere"], "--output_dir"),
 ])
 def test_mistakes_are_one_line(images, tmp_path, more, message):
@@ -198,7 +241,8 @@ def test_mistakes_are_one_line(images, tmp_path, more, message):
 
 
 @pytest.mark.parametrize("arguments", [["--arch", "resnet51"], ["--dataset", "cifar11"], ["--epochs", "0"], ["--no_such_flag"],
-                                       ["--epoch", "3"], ["--negative_weight", "many"],
+                                       ["--epoch", "3"], ["--negative_weight", "many"], ["--warmup_epochs", "1e300"],
+                                       ["--dataset", "folder"],
                                        ["--data_path", "/nowhere", "--dataset", "folder"]])
 def test_mistakes_end_with_code_2_and_no_traceback(arguments, tmp_path):
     result = interrupt.run(arguments, tmp_path)
@@ -233,6 +277,43 @@ def test_folders_that_cannot_be_used(images, tmp_path):
     assert str(other / "train" / "cat" / "1.png") in run_here(flags(other, tmp_path / "run"))
 
 
+def test_a_test_set_of_one_image(images, tmp_path):
+    for split, count in (("train", 12), ("test", 1)):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (32, 32), (index, 0, 0)).save(tmp_path / split / "cat" / f"{index}.png")
+    assert "the test set has 1 image" in run_here(flags(tmp_path, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name, splits", [("cifar10", ["train", "test"]), ("cifar100", ["train", "test"]),
+                                          ("stl10", ["train", "test", "unlabeled"])])
+def test_torchvision_data_sets(name, splits, monkeypatch, tmp_path):
+    """The splits each data set is made of, by a stand-in for torchvision's class."""
+    class Standin:
+        classes = ["cat", "dog"]
+
+        def __init__(self, root, split, download):
+            assert root == tmp_path and download
+            self.grey = splits.index({True: "train", False: "test"}.get(split, split)) * 50
+            self.count = 3 + self.grey // 50
+
+        def __len__(self):
+            return self.count
+
+        def __getitem__(self, index):
+            return Image.new("RGB", (96, 96) if name == "stl10" else (32, 32), 3 * (self.grey + index,)), index % 2
+
+    monkeypatch.setattr(utils.datasets, name.upper(),
+                        (lambda root, split, download: Standin(root, split, download)) if name == "stl10" else
+                        (lambda root, train, download: Standin(root, train, download)))
+    loaded = data.load_data(name, tmp_path)
+    side = 96 if name == "stl10" else 32
+    assert loaded.bank.shape == (3, 3, side, side) and loaded.bank[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert loaded.test[:, 0, 0, 0].tolist() == [50, 51, 52, 53] and loaded.test_labels.tolist() == [0, 1, 0, 1]
+    unlabelled = [100, 101, 102, 103, 104] if name == "stl10" else []
+    assert loaded.train[:, 0, 0, 0].tolist() == unlabelled + [0, 1, 2]
+
+
 def test_a_missing_network_names_the_way_out(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("Network is unreachable")
@@ -255,8 +336,55 @@ def test_checkpoints_that_cannot_be_resumed(images, uninterrupted, tmp_path):
         assert (output / "checkpoint.pth").read_bytes() == content
     torch.save({"model": torch.zeros(1)}, output / "checkpoint.pth")
     assert "no checkpoint of this script" in run_here(flags(images, output))
+    torch.save({"args": main.plain(main.parse_args(flags(images, output)))}, output / "checkpoint.pth")
+    assert "does not fit" in run_here(flags(images, output))
     torch.save({"payload": subprocess.Popen}, output / "checkpoint.pth")  # needs unpickling of code
     assert "cannot read checkpoint" in run_here(flags(images, output))
+
+
+def test_other_images_under_the_same_flags(images, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted[0], tmp_path / "run")
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images" / "train" / "dark" / "3.png").unlink()
+    assert "other images: 48 there, 47 here" in run_here(flags(tmp_path / "images", tmp_path / "run"))
+
+
+def test_a_log_is_never_lost_with_its_checkpoint(images, uninterrupted, tmp_path):
+    output = shutil.copytree(uninterrupted[0], tmp_path / "run")
+    (output / "checkpoint.pth").unlink()
+    assert "whose checkpoint is gone" in run_here(flags(images, output))
+    assert len(utils.read_records(output / "log.txt")) == 3
+    (output / "log.txt").write_text('{"epoch": 0}\n{"epo')
+    assert "cannot read the log" in run_here(flags(images, output))
+    (output / "log.txt").write_text("[1]\n")
+    assert "no log of epochs" in run_here(flags(images, output))
+    shutil.copy(uninterrupted[0] / "checkpoint.pth", output)
+    (output / "log.txt").unlink()
+    assert "its log.txt is gone" in run_here(flags(images, output))
+
+
+@pytest.mark.parametrize("last_step", [False, True])
+def test_a_diverged_run_saves_nothing_of_it(images, tmp_path, last_step):
+    """A weight that is not finite must not reach a checkpoint, nor the k-NN at the epoch's end."""
+    run_of = main.Run
+
+    class Diverging(run_of):
+        def __init__(self, args):
+            super().__init__(args)
+            take_step = self.optimizer.step
+
+            def step():
+                take_step()
+                if self.step == (3 if last_step else 1):
+                    next(self.model.parameters()).data[0] = float("nan")
+            self.optimizer.step = step
+    main.Run = Diverging
+    try:
+        assert "training diverged" in run_here(flags(images, tmp_path))
+    finally:
+        main.Run = run_of
+    state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert state["step"] == (2 if last_step else 0) and all(w.isfinite().all() for w in state["student"].values())
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(images, tmp_path):
@@ -266,7 +394,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(images,
     state["loss"]["alpha"].fill_(float("inf"))
     torch.save(state, tmp_path / "checkpoint.pth")
     saved = (tmp_path / "checkpoint.pth").read_bytes()
-    assert "not finite" in run_here(arguments)
+    assert "training diverged" in run_here(arguments)
     assert (tmp_path / "checkpoint.pth").read_bytes() == saved
 
 

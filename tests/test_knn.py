@@ -1,14 +1,9 @@
 """The k-NN classifier against a slow reference: float64, one query at a time, plain loops."""
 import math
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import eval_knn
+import pytest
+import torch
 from eval_knn import knn_accuracy, knn_classify, knn_search, knn_vote
 
 

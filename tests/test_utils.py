@@ -31,11 +31,13 @@ def test_stream_seeds_are_reproducible_and_distinct():
     assert utils.stream_seed(0, 1) == seeds[2]
 
 
-def test_amp_is_bf16_only_where_asked_or_native():
+def test_amp_is_bf16_only_where_asked_or_native(monkeypatch):
     cpu = torch.device("cpu")
     assert utils.select_amp("none", cpu) is None and utils.select_amp("bf16", cpu) is torch.bfloat16
     assert utils.select_amp("auto", torch.device("mps")) is None
-    assert utils.select_amp("auto", cpu) in (None, torch.bfloat16)
+    for native in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+        assert utils.select_amp("auto", cpu) is (torch.bfloat16 if native else None)
 
 
 def test_devices_that_are_not_there():
@@ -95,6 +97,13 @@ def test_progress_prints_plain_lines_in_a_file(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert lines and all(line.startswith("epoch 1/2  step ") and line.endswith("min left") for line in lines)
     assert "step 4/6  loss 3" in lines[0]
+
+
+def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(utils.sys.stderr, "isatty", lambda: True, raising=False)
+    for step, note in utils.progress(range(2, 6), 2, 6, "epoch 1/2"):
+        note(f"loss {step}")
+    assert "epoch 1/2" in capsys.readouterr().err
 
 
 def test_curves_of_several_runs(tmp_path):
