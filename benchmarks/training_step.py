@@ -5,8 +5,8 @@
 
 Ours is the step as main.py takes it: batched augmentation, autocast where the hardware has bf16, channels_last, AUC-CL, AdamW. The
 plain step differs in nothing but those three; its images are augmented within the step, since a loader's workers would take their
-time from the same cores. Steps alternate, medians count. The operations of a step's forward and backward
-passes are counted by torch and held against the rate of a large bf16 matrix product on the same machine.
+time from the same cores. Steps alternate, medians count. The operations of a step's forward and backward passes are counted by
+torch and held against the rate of a large bf16 matrix product on the same machine.
 """
 import argparse
 import sys
