@@ -146,9 +146,11 @@ class Run:
         self.epoch_seconds = self.seconds = 0.0  # of this epoch's training; of whole epochs with evaluation
 
     def state_dict(self):
-        return {"student": self.model.state_dict(), "loss": self.criterion.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "epoch": self.epoch, "step": self.step, "sums": self.sums, "epoch_seconds": self.epoch_seconds,
-                "seconds": self.seconds, "data": self.fingerprint, "args": plain(self.args)}
+        backbone = {"arch": f"cifar/{self.args.arch}", "patch_size": None, "image_size": self.data.train.shape[-1],
+                    "mean": list(CIFAR_MEAN), "std": list(CIFAR_STD)}  # what the evaluation scripts must know
+        return {"student": self.model.state_dict(), "backbone": backbone, "loss": self.criterion.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "epoch": self.epoch, "step": self.step, "sums": self.sums,
+                "epoch_seconds": self.epoch_seconds, "seconds": self.seconds, "data": self.fingerprint, "args": plain(self.args)}
 
     def load_state_dict(self, state, path):
         """Goes on from the checkpoint `state`, read from `path`. UserError if it is of another network or other data."""

@@ -5,7 +5,6 @@ from torchvision.models import ResNet, resnet18, resnet34, resnet50
 from torchvision.models.resnet import BasicBlock
 
 
-
 def small_resnet() -> ResNet:
     """ResNet-10 without its last stage, which at 2 x 2 pixels costs a CPU as much as all others: 1.2 M parameters."""
     net = ResNet(BasicBlock, [1, 1, 1, 1])
@@ -17,22 +16,29 @@ def small_resnet() -> ResNet:
 ARCHS = {"resnet18": (resnet18, 1), "resnet34": (resnet34, 1), "resnet50": (resnet50, 1), "small": (small_resnet, 2)}
 
 
+def build_backbone(arch: str) -> ResNet:
+    """torchvision's ResNet `arch`, a key of ARCHS, with a 3x3 stem and no max-pool, as images of 32 x 32 pixels want:
+    [B, 3, H, W] -> features [B, embed_dim]."""
+    make, stride = ARCHS[arch]
+    net = make()
+    net.embed_dim = net.fc.in_features
+    net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
+    net.maxpool, net.fc = nn.Identity(), nn.Identity()
+    return net
+
+
 class ContrastiveNet(nn.Module):
     """A backbone, whose features are evaluated, and a projection head, whose output the loss sees.
 
     Args:
-        arch: a key of ARCHS: torchvision's ResNet with a 3x3 stem and no max-pool, as images of 32 x 32 pixels want.
+        arch: a key of ARCHS.
         projector: widths of the head's layers, (..., D); BN and ReLU between them.
     """
 
     def __init__(self, arch: str, projector: tuple[int, ...]):
         super().__init__()
-        make, stride = ARCHS[arch]
-        self.backbone = make()
-        width = self.backbone.fc.in_features
-        self.backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
-        self.backbone.maxpool = nn.Identity()
-        self.backbone.fc = nn.Identity()
+        self.backbone = build_backbone(arch)
+        width = self.backbone.embed_dim
         layers = []
         for hidden in projector[:-1]:
             layers += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
