@@ -5,13 +5,20 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import sys
+import threading
 import time
+import traceback
+from datetime import timedelta
 from pathlib import Path
+from typing import Iterator
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torchvision import datasets
 from tqdm import tqdm
@@ -24,18 +31,37 @@ class UserError(Exception):
 
 
 def run_script(main) -> None:
-    """Calls main(); a UserError, or a mistaken flag, ends the process with one line on stderr and exit code 2."""
+    """Calls main(); a UserError, or a mistaken flag, ends the process with one line on stderr and exit code 2.
+
+    With several ranks, the first that fails says why, and all others end within seconds without a word."""
     try:
         main()
+        _leave_process_group()
     except UserError as error:
-        sys.exit(_fail(str(error)))
+        if _fault_watch is None or _fault_watch.report(2):
+            _fail(str(error))
+        _end(2)
     except KeyboardInterrupt:  # before or after the loop that `Interruption` guards
         sys.exit(130)
+    except Exception as error:
+        if _fault_watch is None:
+            raise
+        if _fault_watch.report(1):
+            traceback.print_exc()
+            print(f"error: rank {rank()}: {_reason(error)}", file=sys.stderr, flush=True)
+        _end(1)
 
 
 def _fail(message: str) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return 2
+
+
+def _end(code: int) -> None:
+    if _fault_watch is None:
+        sys.exit(code)
+    time.sleep(3 * _FaultWatch.POLL)  # the others see the fault before this rank's connections close
+    os._exit(code)                    # an orderly exit would wait for collectives that will never come
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -67,7 +93,14 @@ def non_negative_float(text: str) -> float:
     return value
 
 
-# ----------------------------------------------------------------------------------------------- device, seeds, schedules
+# -------------------------------------------------------------------------------------------------- processes and device
+
+def add_process_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; several processes take a GPU each")
+    parser.add_argument("--dist_url", default="env://", help="where the processes of a launcher meet: env://, tcp://HOST:PORT, file://PATH")
+    # Older launchers pass it; LOCAL_RANK, which all of them set, is what counts.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
 
 def select_device(name: str) -> torch.device:
     """The torch device of a --device flag; "auto" takes CUDA, then MPS, then the CPU. UserError if it is not there."""
@@ -94,11 +127,147 @@ def select_amp(name: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if native or name == "bf16" else None
 
 
+def init_distributed(device: str = "auto", dist_url: str = "env://") -> torch.device:
+    """Joins the process group if a launcher (torchrun, torch.distributed.launch, srun) started this process, and returns
+    the device to use: gloo serves CPUs, nccl GPUs. UserError if the device is not there or the processes do not meet."""
+    global _fault_watch
+    _read_slurm()
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return select_device(device)
+    chosen = _device_of_rank(device)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", init_method=dist_url,
+                                rank=int(os.environ["RANK"]), world_size=world)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{world} processes were started but do not meet at --dist_url {dist_url}: {_reason(error)}") from error
+    host = urlparse(dist_url).hostname or os.environ.get("MASTER_ADDR", "localhost")
+    _fault_watch = _FaultWatch(host)
+    _fault_watch.start()
+    return chosen
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, replaced by its sum over ranks."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """All `count` items in order, on every rank; `rows` [n, ...] are items rank, rank + W, rank + 2W, ... on this one of W."""
+    if world_size() == 1:
+        return rows
+    longest = -(-count // world_size())
+    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, 1).flatten(0, 1)[:count]
+
+
+def _read_slurm() -> None:
+    """Names what srun says about this process as torch's launchers do. The variables of a launcher come first."""
+    env = os.environ
+    if "RANK" in env or "SLURM_PROCID" not in env or int(env.get("SLURM_NTASKS", 1)) == 1:
+        return
+    # The first host of a list like gpu[07-09,12],login1
+    host = re.match(r"([^\[,]+)(?:\[(\w+))?", env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "localhost")))
+    env.setdefault("MASTER_ADDR", host[1] + (host[2] or ""))
+    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))  # jobs on one host should differ
+    env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env.get("SLURM_LOCALID", "0"))
+
+
+def _device_of_rank(name: str) -> torch.device:
+    local, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if ":" in name or name == "mps":
+        raise UserError(f"--device {name} is one device, but there are several processes; use cuda or cpu")
+    device = select_device("cpu" if name == "auto" and not torch.cuda.is_available() else name)
+    if device.type != "cuda":
+        return device
+    if local_world > torch.cuda.device_count():
+        raise UserError(f"{local_world} processes were started on this host, which has {torch.cuda.device_count()} GPUs; lower "
+                        "--nproc_per_node, or use --device cpu")
+    device = torch.device("cuda", local % torch.cuda.device_count())  # Slurm may show each process its own GPU alone, as 0
+    torch.cuda.set_device(device)
+    return device
+
+
+class _FaultWatch(threading.Thread):
+    """Ends this process when another rank has failed: it may be waiting in a collective for one that will never come.
+
+    Rank 0 hosts a store, apart from the process group's, which a rank that fails leaves word in and all others poll."""
+    POLL = 0.3  # seconds
+
+    def __init__(self, host: str):
+        super().__init__(daemon=True)
+        port = torch.zeros((), dtype=torch.int64)
+        if rank() == 0:
+            self.server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            port.fill_(self.server.port)
+        dist.broadcast(port, 0)
+        self.store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=30))
+        self.stopped = False
+
+    def run(self):
+        while not self.stopped:
+            time.sleep(self.POLL)
+            try:
+                failed = self.store.check(["fault"])
+                code = int(self.store.get("fault")) if failed else 0
+            except RuntimeError:  # rank 0 is gone
+                failed, code = not self.stopped, 1
+                if failed and rank() == 1:
+                    print("error: rank 0 was killed", file=sys.stderr, flush=True)
+            if failed and not self.stopped:
+                os._exit(code)
+
+    def report(self, code: int) -> bool:
+        """Leaves word that this rank fails with exit code `code`; whether it is the first, which has to say why."""
+        self.stopped = True
+        try:
+            first = self.store.add("reports", 1) == 1
+            if first:
+                self.store.set("fault", str(code))
+        except RuntimeError:  # rank 0 is gone
+            first = rank() == 1
+        return first
+
+
+_fault_watch: _FaultWatch | None = None
+
+
+def _leave_process_group() -> None:
+    if _fault_watch:
+        dist.barrier()  # no rank's success may look like a fault to another
+        _fault_watch.stopped = True
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------- seeds, order, schedules
+
 def stream_seed(*keys: int) -> int:
     """A 63-bit seed for the random stream named by `keys` (seed, rank, epoch, step, ...). Streams of different keys are
     independent, and none needs to be saved: after a resume the keys name it again."""
     words = np.random.SeedSequence((len(keys), *keys)).generate_state(1, np.uint64)  # it takes (1,) and (1, 0) for the same
     return int(words[0] >> np.uint64(1))
+
+
+def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[torch.Tensor]:
+    """Index batches [batch_size] of one epoch's random order of `count` images, from batch `start` on; a last, smaller batch
+    is left out. The order is a function of seed and epoch, so that a resumed epoch goes on where it stopped."""
+    generator = torch.Generator().manual_seed(stream_seed(seed, epoch))
+    order = torch.randperm(count, generator=generator)
+    for batch in range(start, count // batch_size):
+        yield order[batch * batch_size:(batch + 1) * batch_size]
 
 
 def cosine_schedule(step: int, steps: int, base: float, final: float = 0.0, warmup_steps: int = 0) -> float:
@@ -191,47 +360,59 @@ class Interruption:
         signal.signal(number, signal.SIG_DFL)
 
     def leave(self, message: str) -> None:
-        print(message, file=sys.stderr, flush=True)
-        sys.exit(128 + self.signal)
+        if rank() == 0:
+            print(message, file=sys.stderr, flush=True)
+        _leave_process_group()
+        sys.exit(128 + (self.signal or signal.SIGTERM))  # None: the signal went to another rank
 
 
 # ------------------------------------------------------------------------------------------------------------------- logs
 
 class RunLog:
-    """One record (a flat dict with its "epoch") to the screen, `log.txt` (JSON lines), a CSV and TensorBoard.
+    """Records (flat dicts with their "epoch", and a "step" if they are of a part of it) to the screen, `log.txt` (JSON lines),
+    TensorBoard and, if it has a name, a CSV.
 
-    On a resume the records of epochs at or after `next_epoch` are dropped: they were written by a run that was killed before
-    the checkpoint that would have kept them, and will be written again.
+    position: (epoch, step) that runs next. On a resume, records of what lies beyond are dropped: they were written by a run
+        that was killed before the checkpoint that would have kept them, and will be written again.
+    steps: of an epoch, for TensorBoard's axis.
     """
 
-    def __init__(self, folder: Path, csv_name: str, next_epoch: int):
+    def __init__(self, folder: Path, position: tuple[int, int], steps: int = 1, csv_name: str | None = None):
         from torch.utils.tensorboard import SummaryWriter  # slow to import: not for --help
-        self.text, self.table = folder / "log.txt", folder / csv_name
-        self.records = [r for r in read_records(self.text) if r["epoch"] < next_epoch]
-        self._rewrite()
-        self.board = SummaryWriter(folder / "tensorboard", purge_step=next_epoch)
+        self.text, self.table, self.steps = folder / "log.txt", folder / csv_name if csv_name else None, steps
+        self.records = [r for r in read_records(self.text) if (r["epoch"], r.get("step", math.inf)) <= position]
+        replace_file(self.text, lambda file: file.writelines(json.dumps(record) + "\n" for record in self.records))
+        self._write_table()
+        self.board = SummaryWriter(folder / "tensorboard", purge_step=position[0] * steps + position[1] + 1)
 
     def write(self, record: dict) -> None:
         print(format_record(record), flush=True)
         self.records.append(record)
-        self._rewrite()
+        try:
+            with open(self.text, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.text}: {_reason(error)}. Make room, then run the same command again") from error
+        self._write_table()
+        part = "steps" if "step" in record else "epochs"
         for name, value in record.items():
-            if name != "epoch":
-                self.board.add_scalar(name, value, record["epoch"])
+            if name not in ("epoch", "step"):
+                self.board.add_scalar(f"{part}/{name}", value, record["epoch"] * self.steps + record.get("step", self.steps))
         self.board.flush()
 
-    def _rewrite(self) -> None:
-        replace_file(self.text, lambda file: file.writelines(json.dumps(record) + "\n" for record in self.records))
-        rows = [list(self.records[0])] + [list(r.values()) for r in self.records] if self.records else []
-        replace_file(self.table, lambda file: csv.writer(file).writerows(rows))
+    def _write_table(self) -> None:
+        if self.table:
+            rows = [list(self.records[0])] + [list(r.values()) for r in self.records] if self.records else []
+            replace_file(self.table, lambda file: csv.writer(file).writerows(rows))
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records of a log.txt, oldest first; none if there is no such file. UserError if a line is no record."""
+    """The records of a log.txt, oldest first; none if there is no such file. A last line that a kill cut off is left out.
+    UserError if another line is no record."""
     if not path.exists():
         return []
     try:
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the log {path}: {_reason(error)}; move it away") from error
     if not all(isinstance(record, dict) and "epoch" in record for record in records):

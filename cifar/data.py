@@ -2,7 +2,7 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,12 +60,3 @@ def decode(dataset, size: int) -> tuple[Tensor, Tensor]:
         for _ in pool.map(store, range(len(dataset))):
             pass
     return images, labels
-
-
-def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
-    """Index batches [batch_size] of one epoch's random order of `count` images, from batch `start` on; a last, smaller batch
-    is left out. The order is a function of seed and epoch, so that a resumed epoch goes on where it stopped."""
-    generator = torch.Generator().manual_seed(utils.stream_seed(seed, epoch))
-    order = torch.randperm(count, generator=generator)
-    for batch in range(start, count // batch_size):
-        yield order[batch * batch_size:(batch + 1) * batch_size]

@@ -20,7 +20,7 @@ import utils  # noqa: E402
 from auccl_loss import SCORES, WEIGHTS, AUCCLLoss, pair_auc  # noqa: E402
 from augmentations import CIFAR_MEAN, CIFAR_STD, SimCLRAugmentation, normalize  # noqa: E402
 from cifar.curves import draw_curves  # noqa: E402
-from cifar.data import DATASETS, epoch_batches, load_data  # noqa: E402
+from cifar.data import DATASETS, load_data  # noqa: E402
 from cifar.model import ARCHS, ContrastiveNet, extract_features  # noqa: E402
 from eval_knn import knn_accuracy  # noqa: E402
 
@@ -208,7 +208,7 @@ def train_epoch(run, save, interruption):
     """One pass over the data; goes on at run.step, and leaves there if interrupted. `save()` writes a checkpoint."""
     args = run.args
     run.model.train()
-    batches = epoch_batches(len(run.data.train), args.batch_size, args.seed, run.epoch, start=run.step * args.accum_iter)
+    batches = utils.epoch_batches(len(run.data.train), args.batch_size, args.seed, run.epoch, start=run.step * args.accum_iter)
     generator = torch.Generator()
     title = f"epoch {run.epoch + 1}/{args.epochs}"
     for step, note in utils.progress(range(run.step, run.steps), run.step, run.steps, title):
@@ -288,7 +288,7 @@ def main(argv=None):
     run = Run(args)
     if state:
         run.load_state_dict(state, checkpoint)
-    log = utils.RunLog(folder, f"{folder.name}_statistics.csv", run.epoch)
+    log = utils.RunLog(folder, (run.epoch, run.step), csv_name=f"{folder.name}_statistics.csv")
     interruption = utils.Interruption()
     parameters = sum(p.numel() for p in run.model.parameters())
     print(f"{args.dataset}: {len(run.data.train)} images; {args.arch}, {parameters / 1e6:.1f} M parameters; {run.device}, "

@@ -354,7 +354,7 @@ def test_a_log_is_never_lost_with_its_checkpoint(images, uninterrupted, tmp_path
     (output / "checkpoint.pth").unlink()
     assert "whose checkpoint is gone" in run_here(flags(images, output))
     assert len(utils.read_records(output / "log.txt")) == 3
-    (output / "log.txt").write_text('{"epoch": 0}\n{"epo')
+    (output / "log.txt").write_text('{"epoch": 0}\n{"epo\n')
     assert "cannot read the log" in run_here(flags(images, output))
     (output / "log.txt").write_text("[1]\n")
     assert "no log of epochs" in run_here(flags(images, output))
@@ -401,12 +401,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(images,
 # ----------------------------------------------------------------------------------------------------------- its parts
 
 def test_epoch_batches_visit_every_image_once_and_resume():
-    batches = list(data.epoch_batches(50, 8, seed=3, epoch=2))
+    batches = list(utils.epoch_batches(50, 8, seed=3, epoch=2))
     order = torch.cat(batches)
     assert len(batches) == 6 and len(order.unique()) == 48
-    assert equal(list(data.epoch_batches(50, 8, seed=3, epoch=2, start=4)), batches[4:])
-    assert not torch.equal(order, torch.cat(list(data.epoch_batches(50, 8, seed=3, epoch=3))))
-    assert not torch.equal(order, torch.cat(list(data.epoch_batches(50, 8, seed=4, epoch=2))))
+    assert equal(list(utils.epoch_batches(50, 8, seed=3, epoch=2, start=4)), batches[4:])
+    assert not torch.equal(order, torch.cat(list(utils.epoch_batches(50, 8, seed=3, epoch=3))))
+    assert not torch.equal(order, torch.cat(list(utils.epoch_batches(50, 8, seed=4, epoch=2))))
 
 
 def test_images_are_decoded_whole_and_in_order(images):

@@ -78,15 +78,28 @@ def test_checkpoints_round_trip_and_refuse_code(tmp_path):
 
 
 def test_the_log_drops_what_a_killed_run_had_not_saved(tmp_path):
-    log = utils.RunLog(tmp_path, "table.csv", next_epoch=0)
+    log = utils.RunLog(tmp_path, (0, 0), csv_name="table.csv")
     for epoch in range(3):
         log.write({"epoch": epoch, "loss": epoch / 3})
-    log = utils.RunLog(tmp_path, "table.csv", next_epoch=2)                      # the checkpoint knows epochs 0 and 1
+    log = utils.RunLog(tmp_path, (2, 0), csv_name="table.csv")                    # the checkpoint knows epochs 0 and 1
     log.write({"epoch": 2, "loss": 7.0})
     assert utils.read_records(tmp_path / "log.txt") == [{"epoch": 0, "loss": 0.0}, {"epoch": 1, "loss": 1 / 3},
                                                         {"epoch": 2, "loss": 7.0}]
     with open(tmp_path / "table.csv") as file:
         assert [row["loss"] for row in csv.DictReader(file)] == ["0.0", repr(1 / 3), "7.0"]
+
+
+def test_the_log_resumes_within_an_epoch_and_after_a_torn_line(tmp_path):
+    log = utils.RunLog(tmp_path, (0, 0), steps=4)
+    records = [{"epoch": 0, "step": 2}, {"epoch": 0, "step": 4}, {"epoch": 0}, {"epoch": 1, "step": 2}, {"epoch": 1, "step": 4}]
+    for record in records:
+        log.write(record)
+    with open(tmp_path / "log.txt", "a") as file:
+        file.write('{"epoch": 1, "lo')                                             # killed while it wrote
+    assert utils.read_records(tmp_path / "log.txt") == records
+    assert utils.RunLog(tmp_path, (1, 3), steps=4).records == records[:4]          # saved after step 3 of epoch 1
+    assert utils.RunLog(tmp_path, (1, 0), steps=4).records == records[:3]
+    assert utils.RunLog(tmp_path, (0, 4), steps=4).records == records[:2]          # the epoch's end had not been saved
 
 
 def test_progress_prints_plain_lines_in_a_file(capsys, monkeypatch):
