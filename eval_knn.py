@@ -1,15 +1,32 @@
-"""Weighted k-nearest-neighbour classification of frozen features.
+"""Evaluates frozen features by weighted k-nearest neighbours, or from a few labelled images per class.
+
+    python eval_knn.py --pretrained_weights checkpoint.pth --data_path /path/to/imagenet                # our and DINO's checkpoints
+    torchrun --nproc_per_node=8 eval_knn.py --pretrained_weights checkpoint.pth --data_path /path/to/imagenet --use_cuda False
+    python eval_knn.py --pretrained_weights resnet50.safetensors --arch resnet50 --dataset cifar10 --download
+    python eval_knn.py --pretrained_weights checkpoint.pth --data_path DIR --shots 5 --episodes 100
+    python eval_knn.py --random_weights --arch vit_small --data_path DIR                                # the baseline of any table
+
+DIR holds train/ and val/ (or test/), each with a folder of images per class. As a module:
 
     accuracy = knn_accuracy(bank, bank_labels, queries, query_labels, ks=(10, 20, 100, 200))
     top1, top5 = accuracy[200]                                                             # percent
 
 The classifier is that of Wu et al., "Unsupervised feature learning via non-parametric instance discrimination" (CVPR 2018), as
 DINO uses it. The search is exact, in float32, and holds a few chunks in memory whatever the number of images, classes and
-neighbours.
+neighbours; several ranks share the bank. Features are computed in full precision unless --amp says otherwise.
 """
+import argparse
+import json
+import math
 from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+
+import utils
+
+# ------------------------------------------------------------------------------------------------------------- classifier
 
 QUERY_CHUNK, BANK_CHUNK = 256, 65536        # rows; their cosines are 64 MB
 BANK_FEATURES = 2 ** 24                     # normalised features of the bank held at once; 64 MB
@@ -26,12 +43,9 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, ks=(10, 20, 100, 200)
     query_labels: [Q] integers, Q >= 1, below num_classes where that is given; a class beyond the bank's is otherwise a miss.
     Other arguments and errors as for `knn_classify`. With C < 5 classes top-5 is top-C.
     """
-    _check_labels(queries, query_labels, num_classes, "query")
-    accuracy = {}
-    for k, classes in knn_classify(bank, bank_labels, queries, ks, temperature, num_classes, vote).items():
-        hits = classes == query_labels.to(classes.device)[:, None]                                      # [Q, 5]
-        accuracy[k] = tuple(100 * hit.double().mean().item() for hit in (hits[:, 0], hits.any(1)))
-    return accuracy
+    _check_labels(len(queries), query_labels, num_classes, "query")
+    predictions = knn_classify(bank, bank_labels, queries, ks, temperature, num_classes, vote)
+    return {k: _percent(_hits(classes, query_labels)) for k, classes in predictions.items()}
 
 
 @torch.no_grad()
@@ -53,22 +67,36 @@ def knn_classify(bank, bank_labels, queries, ks=(200,), temperature=0.07, num_cl
     ValueError: shapes, lengths or labels that do not fit, an empty bank, features that are not finite, k < 1, temperature <= 0,
     an unknown vote.
     """
+    predictions = knn_sweep(bank, bank_labels, queries, ks, (temperature,), num_classes, vote)
+    return {k: predictions[k, temperature] for k in ks}
+
+
+@torch.no_grad()
+def knn_sweep(bank, bank_labels, queries, ks, temperatures, num_classes=None, vote="exp", shared=False):
+    """`knn_classify` for several temperatures by one search: a dict (k, temperature) -> [Q, min(5, num_classes)].
+
+    shared: the bank is shared out over the W ranks of the process group: `bank` holds rows rank, rank + W, ... of it, while
+        `bank_labels` are of all its N rows. The results are those of one rank that holds it all, ties included, on every rank.
+    """
     _check_features(bank, queries)
-    _check_labels(bank, bank_labels, num_classes, "bank")
-    _check_vote(ks, temperature, vote)
+    _check_vote(ks, temperatures, vote)
+    total = len(bank_labels) if shared else len(bank)
+    _check_labels(total, bank_labels, num_classes, "bank")
     if num_classes is None:
         num_classes = int(bank_labels.max()) + 1
     bank_labels = bank_labels.to(bank.device, torch.int64)
+    search = _search_shared if shared and utils.world_size() > 1 else _search
 
-    predictions = {k: [] for k in ks}
-    deepest = min(max(ks), len(bank))
+    predictions = {(k, temperature): [] for k in ks for temperature in temperatures}
+    deepest = min(max(ks), total)
     rows = max(1, SCORES // num_classes)
     for block in queries.split(max(1, NEIGHBOURS // deepest)):
-        for keys in _search(bank, block, deepest).split(rows):
-            labels = bank_labels[_read_index(keys)]
-            for k, classes in knn_vote(_read_cos(keys), labels, num_classes, ks, temperature, vote).items():
-                predictions[k].append(classes)
-    return {k: torch.cat(classes) for k, classes in predictions.items()}
+        for keys in search(bank, block, deepest).split(rows):
+            cos, labels = _read_cos(keys), bank_labels[_read_index(keys)]
+            for temperature in temperatures:
+                for k, classes in knn_vote(cos, labels, num_classes, ks, temperature, vote).items():
+                    predictions[k, temperature].append(classes)
+    return {setting: torch.cat(classes) for setting, classes in predictions.items()}
 
 
 @torch.no_grad()
@@ -90,7 +118,7 @@ def knn_vote(cos, labels, num_classes, ks=(200,), temperature=0.07, vote="exp"):
 
     cos, labels: [Q, n], the neighbours' cosines, nearest first, and classes. Returns as `knn_classify`; holds [Q, num_classes].
     """
-    _check_vote(ks, temperature, vote)
+    _check_vote(ks, (temperature,), vote)
     cos = cos.double()                      # a wide range: at temperature 0.001 a neighbour 0.2 behind votes exp(-200)
     if vote == "exp":
         votes = ((cos - cos[:, :1]) / temperature).exp()                # relative to the nearest: same ranking, no overflow
@@ -122,6 +150,17 @@ def _search(bank, queries, k):
     return nearest
 
 
+def _search_shared(shard, queries, k):
+    """`_search` in a bank of which rank r of W holds rows r, r + W, ...: each rank's k nearest, then the k nearest of those."""
+    keys = queries.new_full((len(queries), k), LAST, dtype=torch.int64, device=shard.device)
+    own = min(k, len(shard))
+    if own:
+        found = _search(shard, queries, own)
+        keys[:, :own] = _keys(_read_cos(found), _read_index(found) * utils.world_size() + utils.rank())
+    candidates = utils.gather_rows(keys[None], utils.world_size())                                          # [W, Q, k]
+    return candidates.transpose(0, 1).flatten(1).topk(k).values
+
+
 def _padded(columns):
     return -(-columns // BLOCK) * BLOCK
 
@@ -136,7 +175,7 @@ def _candidates(cos, k):
     first_entry = torch.arange(queries, device=cos.device)[:, None] * width
     entries, columns = cos, torch.zeros(queries, 1, dtype=torch.int64, device=cos.device)
     for part in (BLOCK, PART):
-        columns = (columns[..., None] + torch.arange(0, width, part, device=cos.device)).flatten(1)         # [q, parts], where each begins
+        columns = (columns[..., None] + torch.arange(0, width, part, device=cos.device)).flatten(1)         # [q, parts] begins
         maxima = _keys(entries.view(*columns.shape, part).amax(2), columns)
         columns, width = _read_index(maxima.topk(min(k, columns.shape[1]), sorted=False).values), part      # [q, <= k]
         entries = cos.view(-1, part).index_select(0, ((first_entry + columns) // part).flatten())           # [q * <= k, part]
@@ -184,6 +223,16 @@ def _highest(scores, count):
     return torch.cat(columns, 1)
 
 
+def _hits(classes, labels):
+    """Whether the first, and any, of the classes [Q, 5] is the label: bool [Q, 2]."""
+    hits = classes == labels.to(classes.device)[:, None]
+    return torch.stack([hits[:, 0], hits.any(1)], 1)
+
+
+def _percent(hits):
+    return tuple((100 * hits.double().mean(0)).tolist())
+
+
 @contextmanager
 def _full_float32():
     """Turns off the TF32 and bfloat16 products that training may have turned on for float32."""
@@ -213,9 +262,9 @@ def _check_features(bank, queries):
         raise ValueError(f"features must be floating point, got {bank.dtype} and {queries.dtype}")
 
 
-def _check_labels(features, labels, num_classes, side):
-    if labels.shape != features.shape[:1] or labels.is_floating_point():
-        raise ValueError(f"{side} labels must be {len(features)} integers, got {labels.dtype} {list(labels.shape)}")
+def _check_labels(count, labels, num_classes, side):
+    if labels.shape != (count,) or labels.is_floating_point():
+        raise ValueError(f"{side} labels must be {count} integers, got {labels.dtype} {list(labels.shape)}")
     if len(labels) == 0:
         raise ValueError(f"there are no {side} images")
     lowest, highest = int(labels.min()), int(labels.max())
@@ -223,10 +272,455 @@ def _check_labels(features, labels, num_classes, side):
         raise ValueError(f"{side} labels must lie in [0, {num_classes or 'num_classes'}), got {lowest} to {highest}")
 
 
-def _check_vote(ks, temperature, vote):
+def _check_vote(ks, temperatures, vote):
     if not ks or min(ks) < 1:
         raise ValueError(f"ks must be numbers of neighbours of at least 1, got {ks}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    for temperature in temperatures:
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
     if vote not in ("exp", "linear"):
         raise ValueError(f'vote must be "exp" or "linear", got {vote!r}')
+
+
+# ----------------------------------------------------------------------------------------------------------------- models
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DINO_NAMES = {"deit_tiny": "vit_tiny", "deit_small": "vit_small"}           # what its older files call them
+NAMED_KEYS = 5                                                              # keys of weights that an error lists
+
+
+class Description(NamedTuple):
+    """What must be known of a backbone to feed it. patch_size: None unless it is one of our ViTs; mean, std: of channels."""
+
+    arch: str
+    patch_size: int | None
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load_backbone(path, checkpoint_key="teacher", arch=None, patch_size=None, image_size=None, random_weights=False):
+    """A frozen backbone in evaluation mode, images [B, 3, H, W] -> features [B, embed_dim], and its Description.
+
+    path: a checkpoint of main.py, cifar/main.py or DINO, or a file of weights alone, as DINO, timm and torchvision publish them;
+        .safetensors, or what torch.save wrote. No code of the file is ever run. None with `random_weights`.
+    checkpoint_key: which network of a checkpoint with several; weights alone have none.
+    arch, patch_size, image_size: needed (arch), or 16 and 224 by default, where the file does not tell. Files of other projects
+        are fed ImageNet's mean and std, models of timm those they were trained with.
+
+    Weights must fit name by name; only a classifier behind the features is left out, with a note. UserError for a file that
+    cannot be read, a wrong key, weights that do not fit and arguments that contradict the file.
+    """
+    if random_weights:
+        if path is not None:
+            raise utils.UserError("--random_weights contradicts --pretrained_weights; leave one of them out")
+        known, weights = {}, None
+    elif path is None:
+        raise utils.UserError("--pretrained_weights is missing; name a checkpoint, or ask for --random_weights")
+    else:
+        known, weights = _read_weights(Path(path), checkpoint_key)
+    description, backbone = _build(known, path, arch, patch_size, image_size)
+    if weights is not None:
+        _load_strictly(backbone, weights, path)
+    return backbone.eval().requires_grad_(False), description
+
+
+def _read_weights(path, checkpoint_key):
+    """What a file knows of its backbone (fields of Description), and the weights with their keys as the backbone's."""
+    state = _read_file(path)
+    networks = {key: value for key, value in state.items() if "loss" not in key and _is_state_dict(value)}
+    if _is_state_dict(state):
+        if checkpoint_key != "teacher":
+            raise utils.UserError(f"{path} holds one network and no key {checkpoint_key!r}; leave --checkpoint_key out")
+        weights = state
+    elif checkpoint_key in networks:
+        weights = networks[checkpoint_key]
+    elif networks:
+        there = " or ".join(f"--checkpoint_key {key}" for key in networks)
+        raise utils.UserError(f"{path} has no network {checkpoint_key!r}; choose {there}")
+    else:
+        raise utils.UserError(f"{path} holds no network's weights, only {', '.join(map(str, state)) or 'nothing'}")
+    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    if any(key.startswith("backbone.") for key in weights):                 # beside it, the projection head of its training
+        weights = {key.removeprefix("backbone."): value for key, value in weights.items() if not key.startswith("head.")}
+    return _known(state, weights), weights
+
+
+def _read_file(path):
+    if path.suffix != ".safetensors":
+        # DINO pickles its flags as a Namespace: an object that only takes attributes, so building one runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return utils.load_checkpoint(path, "if you trust its source, save the weights alone: torch.save(torch.load(PATH, "
+                                               "weights_only=False)['teacher'], 'weights.pth')")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise utils.UserError(f"cannot read weights {path}: {error}") from error
+
+
+def _is_state_dict(value):
+    return isinstance(value, dict) and len(value) > 0 and all(isinstance(weight, torch.Tensor) for weight in value.values())
+
+
+def _known(state, weights):
+    """The fields of Description that a file tells: in its own words, DINO's flags, or by the shapes of a ViT's weights."""
+    from vision_transformer import VIT_ARCHS
+    if isinstance(state.get("backbone"), dict) and "arch" in state["backbone"]:
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in state["backbone"].items()}
+    known = {}
+    flags = state.get("args", {})
+    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
+    if isinstance(flags, dict) and isinstance(flags.get("arch"), str):
+        known["arch"] = DINO_NAMES.get(flags["arch"], flags["arch"])
+    if {"patch_embed.proj.weight", "pos_embed"} <= weights.keys() and known.get("arch", "vit_tiny") in VIT_ARCHS:
+        known["patch_size"] = weights["patch_embed.proj.weight"].shape[-1]
+        known["image_size"] = known["patch_size"] * math.isqrt(weights["pos_embed"].shape[1] - 1)
+    return known
+
+
+def _build(known, path, arch, patch_size, image_size):
+    """The Description of what a file and the flags tell together, and a backbone of it."""
+    from vision_transformer import VIT_ARCHS, build_backbone
+    arch = DINO_NAMES.get(arch, arch)
+    given = {"arch": arch, "patch_size": patch_size, "image_size": image_size}
+    if arch is not None and arch not in VIT_ARCHS and "arch" not in known:
+        known = {}                                                          # shapes of weights tell of our ViTs alone
+    for name, value in given.items():
+        if value is not None and known.get(name, value) != value:
+            raise utils.UserError(f"--{name} {value} contradicts {path}, whose {name} is {known[name]}; leave --{name} out")
+    known = {**{name: value for name, value in given.items() if value is not None}, **known}
+    if "arch" not in known:
+        raise utils.UserError(f"{path or '--random_weights'} does not tell the architecture; give it as --arch")
+    arch = known["arch"]
+    if arch in VIT_ARCHS:
+        known.setdefault("patch_size", 16)
+    elif patch_size is not None:
+        raise utils.UserError(f"--patch_size has no meaning for {arch}; leave it out")
+    try:
+        if arch.startswith("cifar/"):
+            from cifar.model import ARCHS, build_backbone as build_small
+            if (name := arch.removeprefix("cifar/")) not in ARCHS:
+                raise ValueError(f"unknown arch {arch!r}: choose from {', '.join(f'cifar/{name}' for name in ARCHS)}")
+            backbone = build_small(name)
+            usual = {"image_size": 32}
+        else:
+            backbone = build_backbone(arch, known.get("patch_size") or 16, known.get("image_size", 224))
+            usual = _timm_input(backbone, image_size) if arch.startswith("timm/") else {}
+    except ValueError as error:
+        raise utils.UserError(str(error)) from error
+    values = {"patch_size": None, "image_size": 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, **usual, **known}
+    return Description(**{name: values[name] for name in Description._fields}), backbone
+
+
+def _timm_input(backbone, image_size):
+    """What timm trained the model on. ValueError if it takes no images of `image_size`."""
+    from timm.data import resolve_model_data_config
+    config = resolve_model_data_config(backbone)
+    usual = config["input_size"][-1]
+    try:
+        if image_size is not None:
+            backbone.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"this model of timm takes images of {usual} pixels, not {image_size}; leave --image_size out") from error
+    return {"image_size": usual, "mean": config["mean"], "std": config["std"]}
+
+
+def _load_strictly(backbone, weights, path):
+    """Copies the weights. UserError if names or shapes differ, but for the classifier's, which are left out with a note."""
+    own = backbone.state_dict()
+    layers = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
+    layers = {"head", "fc", *([layers] if isinstance(layers, str) else layers)}
+    unexpected = [key for key in weights if key not in own]
+    classifier = [key for key in unexpected if any(key.startswith(f"{layer}.") for layer in layers)]
+    differing = {
+        "missing": [key for key in own if key not in weights and not key.endswith("num_batches_tracked")],
+        "unexpected": [key for key in unexpected if key not in classifier],
+        "of other shapes": [f"{key} {list(weights[key].shape)}, not {list(own[key].shape)}" for key in own
+                            if key in weights and weights[key].shape != own[key].shape]}
+    if any(differing.values()):
+        text = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:NAMED_KEYS])}{', ...' if len(keys) > NAMED_KEYS else ''}"
+                         for kind, keys in differing.items() if keys)
+        raise utils.UserError(f"the weights in {path} do not fit the backbone, {text}. Check --arch and --checkpoint_key")
+    if classifier and utils.rank() == 0:
+        print(f"note: the classifier in {path} is not used: {', '.join(classifier)}", flush=True)
+    backbone.load_state_dict({key: value for key, value in weights.items() if key in own}, strict=False)
+
+
+# --------------------------------------------------------------------------------------------------------------- features
+
+@torch.inference_mode()
+def extract_features(network, dataset, device, batch_size=128, num_workers=0, amp_dtype=None, title="features", gather=True,
+                     keep_on=None):
+    """Features [N, F] in float32 and labels [N] of all images in order, on every rank; each image is computed once.
+
+    network: images [B, 3, S, S] on `device` -> [B, F], in evaluation mode. dataset: of `utils.build_dataset`, with its transform.
+    gather: with False the features are only this rank's, of images rank, rank + W, ... of W ranks; the labels are still all.
+    keep_on: the device of the results, `device` by default.
+
+    UserError for an empty data set, for images that cannot be decoded, and for a stream of images on several ranks.
+    """
+    if isinstance(dataset, utils.ImageStream):
+        if utils.world_size() > 1:
+            raise utils.UserError("a stream of images cannot be shared out exactly over ranks; run one process")
+        own, share, num_workers = None, dataset, 0
+    elif len(dataset) == 0:
+        raise utils.UserError("there are no images to compute features of")
+    else:
+        own = range(utils.rank(), len(dataset), utils.world_size())
+        share = torch.utils.data.Subset(dataset, own or range(1))           # a rank without images learns the width from one
+    loader = torch.utils.data.DataLoader(share, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
+    features, labels = [], []
+    for (images, targets), _ in utils.progress(loader, 0, -(-len(share) // batch_size), title):
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            rows = network(images.to(device, non_blocking=True))
+        features.append(rows.float().to(keep_on or device))
+        labels.append(targets.to(keep_on or device))
+    features, labels = torch.cat(features), torch.cat(labels)
+    if own is None:
+        return features, labels
+    features, labels = features[:len(own)], utils.gather_rows(labels[:len(own)], len(dataset))
+    return utils.gather_rows(features, len(dataset)) if gather else features, labels
+
+
+def draw_shots(labels, shots, generator):
+    """Indices of `shots` images of each class, drawn without replacement: [C * shots], class by class. labels: [N] in
+    [0, C), on the generator's device. UserError for a class with fewer images."""
+    counts = labels.bincount()
+    if counts.min() < shots:
+        scarce = int(counts.argmin())
+        raise utils.UserError(f"--shots {shots} is more than the {int(counts[scarce])} training images of class {scarce}; lower it")
+    order = torch.randperm(len(labels), generator=generator)
+    order = order[labels[order].argsort(stable=True)]
+    first = counts.cumsum(0) - counts
+    return order[(first[:, None] + torch.arange(shots)).flatten()]
+
+
+# ----------------------------------------------------------------------------------------------------------- command line
+
+DUMPS = "trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth"
+
+
+def add_evaluation_flags(parser):
+    """The flags that all evaluations share."""
+    add = parser.add_argument
+    add("--pretrained_weights", type=Path, help="a checkpoint of main.py, cifar/main.py or DINO, or weights of timm or torchvision "
+        "(.pth, .safetensors)")
+    add("--checkpoint_key", default="teacher", help="the network of a checkpoint with several")
+    add("--random_weights", action="store_true", help="evaluate an untrained network, the baseline")
+    add("--arch", help="vit_tiny, vit_small, vit_base, a ResNet of torchvision, timm/NAME, cifar/NAME (default: the checkpoint's)")
+    add("--patch_size", type=utils.positive_int, help="of a ViT, in pixels (default: the checkpoint's, else 16)")
+    add("--image_size", type=utils.positive_int, help="pixels a side (default: the checkpoint's, timm's, or 224)")
+    add("--dataset", type=utils.dataset_name, default="folder",
+        help=f"{', '.join(utils.DATASETS)}, or a source of timm such as torch/NAME, hfds/NAME, wds/")
+    add("--data_path", type=Path, help="the folder with train/ and val/, or the root of --dataset (default for others than folder: "
+        "cifar/datasets beside this script)")
+    add("--download", action="store_true", help="fetch --dataset if it is not in --data_path")
+    add("--batch_size_per_gpu", type=utils.positive_int, default=128, help="images a batch of each process")
+    add("--num_workers", type=utils.non_negative_int, default=10, help="processes that load images, for each process that computes")
+    add("--amp", choices=("none", "auto", "bf16", "fp16"), default="none",
+        help="autocast of the backbone; full precision by default, so that figures are comparable across machines")
+    add("--seed", type=utils.non_negative_int, default=0, help="of random weights and of the choice of images")
+    add("--output_dir", type=Path, help="where to append the results, a JSON object a line")
+    utils.add_process_flags(parser)
+
+
+def complete_evaluation_flags(args, needs_data=True):
+    """Fills in the data's folder, and makes the output's. UserError for what is missing or cannot be written to."""
+    if args.dataset in utils.TORCHVISION:
+        args.data_path = args.data_path or Path(__file__).resolve().parent / "cifar" / "datasets"
+    elif needs_data and args.dataset == "folder" and args.data_path is None:
+        raise utils.UserError("--data_path is missing; name a folder that holds train/ and val/, or choose a --dataset")
+    if args.output_dir:
+        utils.make_output_dir(args.output_dir)
+
+
+def load_from_flags(args):
+    """`load_backbone` as the shared flags say."""
+    torch.manual_seed(args.seed)
+    return load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size,
+                         args.random_weights)
+
+
+def describe_run(args, description):
+    """The fields of a result's record that name the network and the data."""
+    return {"weights": str(args.pretrained_weights or "random"), "checkpoint_key": args.checkpoint_key, **description._asdict(),
+            "dataset": args.dataset, "data_path": args.data_path and str(args.data_path)}
+
+
+def write_record(record, path=None):
+    """Prints a record and appends it to `path` as a line of JSON; on the first rank alone."""
+    if utils.rank() == 0:
+        print(utils.format_record(record), flush=True)
+        if path:
+            try:
+                with open(path, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise utils.UserError(f"cannot write {path}: {error.strerror}; choose another --output_dir") from error
+
+
+def parse_args(argv=None):
+    parser = utils.ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("--nb_knn", type=utils.positive_int, nargs="+", default=[10, 20, 100, 200], help="neighbours that vote")
+    add("--temperature", type=utils.positive_float, nargs="+", help="of the votes exp(cos / T) (default: 0.07)")
+    add("--vote", choices=("exp", "linear"), default="exp", help="of a neighbour: exp(cos / T) or (cos + 1) / 2")
+    add("--per_class", action="store_true", help="top-1 of each class as well")
+    add("--shots", type=utils.positive_int, help="few-shot: k-NN and nearest centroid from so many training images per class")
+    add("--episodes", type=utils.positive_int, help="choices of --shots images, over which the mean is taken (default: 100)")
+    add("--use_cuda", type=utils.boolean, default=True, help="true: features stay on the GPU, and the search runs there; "
+        "false: both are on the CPU, which may have more memory")
+    add("--dump_features", type=Path, help="folder to write the features and labels to")
+    add("--load_features", type=Path, help="folder to read them from, instead of computing them")
+    add_evaluation_flags(parser)
+    args = parser.parse_args(argv)
+    if args.load_features:
+        given = [f"--{name}" for name in ("pretrained_weights", "random_weights", "arch", "patch_size", "image_size", "data_path",
+                                          "download", "dump_features") if getattr(args, name)]
+        if given:
+            raise utils.UserError(f"{given[0]} has no use with --load_features; leave one of them out")
+    complete_evaluation_flags(args, needs_data=not args.load_features)
+    if args.vote == "linear" and args.temperature:
+        raise utils.UserError("--temperature has no meaning with --vote linear; leave it out")
+    if args.episodes and not args.shots:
+        raise utils.UserError("--episodes needs --shots, the images per class of an episode")
+    if args.shots and args.per_class:
+        raise utils.UserError("--per_class is not reported over episodes; leave out --shots or --per_class")
+    args.temperature = args.temperature or [0.07]
+    args.episodes = args.episodes or 100
+    args.nb_knn, args.temperature = sorted(set(args.nb_knn)), sorted(set(args.temperature))
+    return args
+
+
+def compute_features(args, device, keep_on):
+    """This rank's part of the bank, the labels of all of it, all queries and their labels, on `keep_on`; then what describes them
+    in a result, and the classes' names."""
+    backbone, description = load_from_flags(args)
+    backbone.to(device)
+    amp_dtype = utils.select_amp(args.amp, device)
+    transform = utils.eval_transform(description.image_size, description.mean, description.std)
+    splits = utils.build_splits(args.dataset, args.data_path, transform, args.download)
+    (bank, bank_labels), (queries, query_labels) = (
+        extract_features(backbone, split, device, args.batch_size_per_gpu, args.num_workers, amp_dtype, title, gather, keep_on)
+        for split, title, gather in zip(splits, ("train features", "test features"), (False, True)))
+    if args.dump_features:
+        whole_bank = utils.gather_rows(bank, len(bank_labels))
+        if utils.rank() == 0:
+            folder = utils.make_output_dir(args.dump_features)
+            for name, tensor in zip(DUMPS, (whole_bank, bank_labels, queries, query_labels)):
+                utils.save_checkpoint(tensor.cpu(), folder / name)
+    return bank, bank_labels, queries, query_labels, describe_run(args, description), splits[0].classes
+
+
+def read_features(args, keep_on):
+    """What `compute_features` returns, from the files that it, or DINO, dumped. UserError if they are missing or do not fit."""
+    tensors = []
+    for name in DUMPS:
+        path = args.load_features / name
+        try:
+            tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch.load raises half a dozen types for damaged files
+            reason = " ".join(str(error).split())[:200]
+            raise utils.UserError(f"cannot read {path}: {reason}; write it with --dump_features") from error
+        if not isinstance(tensor, torch.Tensor):
+            raise utils.UserError(f"{path} holds a {type(tensor).__name__}, not a tensor; write it with --dump_features")
+        tensors.append(tensor)
+    bank, bank_labels, queries, query_labels = tensors
+    try:
+        _check_features(bank, queries)
+        _check_labels(len(bank), bank_labels, None, "train")
+        _check_labels(len(queries), query_labels, None, "test")
+    except ValueError as error:
+        raise utils.UserError(f"the features in {args.load_features} do not fit each other: {error}") from error
+    share = bank[utils.rank()::utils.world_size()].contiguous()
+    labels = (labels.long().to(keep_on) for labels in (bank_labels, query_labels))
+    bank_labels, query_labels = labels
+    return share.to(keep_on), bank_labels, queries.to(keep_on), query_labels, {"features": str(args.load_features)}, None
+
+
+@torch.no_grad()
+def few_shot_accuracy(bank, bank_labels, queries, query_labels, shots, episodes, seed, ks, temperatures, vote="exp"):
+    """Top-1 and top-5 accuracy, in percent, of classifiers that know `shots` images per class: k-NN, and the class whose centroid,
+    the mean of its features of length one, has the largest cosine.
+
+    bank is shared out over the ranks as for `knn_sweep`; queries and all labels are whole on every rank. An episode draws its
+    images by (seed, episode), the same for every classifier and number of ranks.
+
+    Returns a dict (k, temperature) or "centroid" -> [episodes, 2], float64. UserError for a class with too few images.
+    """
+    num_classes = int(bank_labels.max()) + 1
+    labels = torch.arange(num_classes, device=bank.device).repeat_interleave(shots)
+    world, rank = utils.world_size(), utils.rank()
+    queries, truth = queries[rank::world], query_labels[rank::world]
+    accuracy = {}
+    for episode, _ in utils.progress(range(episodes), 0, episodes, "episodes"):
+        generator = torch.Generator().manual_seed(utils.stream_seed(seed, episode))
+        drawn = draw_shots(bank_labels.cpu(), shots, generator).to(bank.device)
+        rows = bank.new_zeros(len(drawn), bank.shape[1])                                                    # [C * shots, D]
+        here = drawn % world == rank
+        rows[here] = bank[drawn[here] // world]
+        utils.sum_over_ranks(rows)
+        predictions = knn_sweep(rows, labels, queries, ks, temperatures, num_classes, vote)
+        centroids = _unit_rows(rows).unflatten(0, (num_classes, shots)).mean(1)
+        predictions["centroid"] = knn_search(centroids, queries, min(5, num_classes))[1]
+        for setting, classes in predictions.items():
+            hits = utils.sum_over_ranks(_hits(classes, truth).sum(0).cpu())
+            accuracy.setdefault(setting, []).append(100 * hits.double() / len(query_labels))
+    return {setting: torch.stack(values) for setting, values in accuracy.items()}
+
+
+def interval(values):
+    """Mean of values [episodes], and half the width of its 95% interval, 1.96 standard errors; None from one episode."""
+    half = None if len(values) < 2 else 1.96 * values.std().item() / math.sqrt(len(values))
+    return values.mean().item(), half
+
+
+def results(args, bank, bank_labels, queries, query_labels, classes):
+    """The fields of one record for every setting: how it classified, and how well."""
+    def fields(setting):
+        if setting == "centroid":
+            return {"classifier": "centroid"}
+        k, temperature = setting
+        return {"classifier": "knn", "k": k, "vote": args.vote} | ({"temperature": temperature} if args.vote == "exp" else {})
+
+    if args.shots:
+        accuracy = few_shot_accuracy(bank, bank_labels, queries, query_labels, args.shots, args.episodes, args.seed, args.nb_knn,
+                                     args.temperature, args.vote)
+        for setting, values in accuracy.items():
+            (top1, half1), (top5, half5) = map(interval, values.T)
+            yield {**fields(setting), "shots": args.shots, "episodes": args.episodes, "seed": args.seed,
+                   "top1": top1, "top1_ci95": half1, "top5": top5, "top5_ci95": half5}
+        return
+    predictions = knn_sweep(bank, bank_labels, queries, args.nb_knn, args.temperature, vote=args.vote, shared=True)
+    for setting, predicted in predictions.items():
+        hits = _hits(predicted, query_labels)
+        top1, top5 = _percent(hits)
+        record = {**fields(setting), "top1": top1, "top5": top5}
+        if args.per_class:
+            labels = query_labels.unique().tolist()
+            record["top1_per_class"] = {classes[label] if classes else str(label): _percent(hits[query_labels == label])[0]
+                                        for label in labels}
+        yield record
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = utils.init_distributed(args.device, args.dist_url)
+    # The vote is in float64, which MPS lacks.
+    keep_on = device if args.use_cuda and device.type == "cuda" else torch.device("cpu")
+    if args.load_features:
+        bank, bank_labels, queries, query_labels, run, classes = read_features(args, keep_on)
+    else:
+        bank, bank_labels, queries, query_labels, run, classes = compute_features(args, device, keep_on)
+    run |= {"train_images": len(bank_labels), "test_images": len(query_labels)}
+    try:
+        for result in results(args, bank, bank_labels, queries, query_labels, classes):
+            write_record({**run, **result}, args.output_dir and args.output_dir / "knn.txt")
+    except ValueError as error:  # features that are not finite, say
+        raise utils.UserError(str(error)) from error
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

@@ -6,12 +6,14 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import sys
 import threading
 import time
 import traceback
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Iterator
 from urllib.parse import urlparse
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torchvision import datasets
+from torchvision import datasets, transforms
 from tqdm import tqdm
 
 
@@ -28,6 +30,9 @@ from tqdm import tqdm
 
 class UserError(Exception):
     """Something the user can mend. Its message is one line: what is wrong, then what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(message.rsplit("UserError: ", 1)[-1].strip())  # a DataLoader puts its worker's traceback before it
 
 
 def run_script(main) -> None:
@@ -86,11 +91,41 @@ def positive_int(text: str) -> int:
     return value
 
 
+def non_negative_int(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 2^63 - 1, got {text}")
+    return value
+
+
 def non_negative_float(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1e9:
         raise argparse.ArgumentTypeError(f"must be a number between 0 and 1e9, got {text}")
     return value
+
+
+def positive_float(text: str) -> float:
+    if (value := non_negative_float(text)) == 0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return value
+
+
+def number_or_sum(text: str) -> float | str:
+    return text if text == "sum" else float(text)
+
+
+def boolean(text: str) -> bool:
+    if text.lower() in ("true", "yes", "on", "1"):
+        return True
+    if text.lower() in ("false", "no", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"must be true or false, got {text}")
+
+
+def plain(args: argparse.Namespace) -> dict:
+    """The flags as plain data, for a checkpoint."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
 # -------------------------------------------------------------------------------------------------- processes and device
@@ -118,13 +153,20 @@ def select_device(name: str) -> torch.device:
 
 def select_amp(name: str, device: torch.device) -> torch.dtype | None:
     """The autocast dtype of an --amp flag, None for full precision. "auto" takes bf16 where the hardware has it natively."""
-    if name == "none":
-        return None
+    if name in ("none", "fp16"):
+        return torch.float16 if name == "fp16" else None
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native or name == "bf16" else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that tensors took at most on a GPU, or this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def init_distributed(device: str = "auto", dist_url: str = "env://") -> torch.device:
@@ -302,14 +344,15 @@ def save_checkpoint(state: dict, path: Path) -> None:
     replace_file(path, lambda file: torch.save(state, file), "wb")
 
 
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint's dict, on the CPU. Never runs code from the file (`weights_only`); UserError if it cannot be read."""
+def load_checkpoint(path: Path, advice: str = "move it away or restore a copy") -> dict:
+    """A checkpoint's dict, on the CPU. Never runs code from the file (`weights_only`); UserError, which ends with the advice, if it
+    cannot be read."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
     except Exception as error:  # torch.load raises half a dozen types for damaged files
-        raise UserError(f"cannot read checkpoint {path}: {_reason(error)}; move it away or restore a copy") from error
+        raise UserError(f"cannot read checkpoint {path}: {_reason(error)}; {advice}") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} is no checkpoint: it holds a {type(state).__name__}, not a dict")
     return state
@@ -329,7 +372,7 @@ def make_output_dir(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / ".writable").touch()
-        (path / ".writable").unlink()
+        (path / ".writable").unlink(missing_ok=True)  # another rank may have been faster
     except OSError as error:
         raise UserError(f"cannot write to the output folder {path}: {_reason(error)}; choose another --output_dir") from error
     return path
@@ -426,8 +469,11 @@ def format_record(record: dict) -> str:
 
 
 def progress(steps, done: int, total: int, title: str):
-    """Iterates over `steps` with a bar and the time left on a terminal; in a file, a plain line a minute. `done` of `total`
-    steps lie behind already. Yields (step, note): note(text) shows a few words beside the bar."""
+    """Iterates over `steps` with a bar and the time left on a terminal; in a file, a plain line a minute; on ranks but the first,
+    nothing. `done` of `total` steps lie behind already. Yields (step, note): note(text) shows a few words beside the bar."""
+    if rank() > 0:
+        yield from ((step, lambda text: None) for step in steps)
+        return
     if sys.stderr.isatty():
         with tqdm(steps, desc=title, initial=done, total=total, leave=False, dynamic_ncols=True) as bar:
             for step in bar:
@@ -449,48 +495,222 @@ def progress(steps, done: int, total: int, title: str):
 
 # -------------------------------------------------------------------------------------------------------------- data sets
 
-DATASETS = ("cifar10", "cifar100", "stl10", "folder")
+DATASETS = ("cifar10", "cifar100", "stl10", "flowers102", "caltech101", "food101", "pets", "aircraft", "dtd", "eurosat", "svhn",
+            "folder")
+# Name -> torchvision's class, and its arguments for each split; several are put together: where an official validation set
+# exists, evaluations train on it as well.
+_TRAIN, _TEST, _ALL = {"split": "train"}, {"split": "test"}, {}
+TORCHVISION = {
+    "cifar10": ("CIFAR10", {"train": [{"train": True}], "test": [{"train": False}]}),
+    "cifar100": ("CIFAR100", {"train": [{"train": True}], "test": [{"train": False}]}),
+    "stl10": ("STL10", {"train": [_TRAIN], "test": [_TEST], "unlabeled": [{"split": "unlabeled"}]}),
+    "flowers102": ("Flowers102", {"train": [_TRAIN, {"split": "val"}], "test": [_TEST]}),
+    "caltech101": ("Caltech101", {"train": [_ALL], "test": [_ALL]}),
+    "food101": ("Food101", {"train": [_TRAIN], "test": [_TEST]}),
+    "pets": ("OxfordIIITPet", {"train": [{"split": "trainval"}], "test": [_TEST]}),
+    "aircraft": ("FGVCAircraft", {"train": [{"split": "trainval"}], "test": [_TEST]}),
+    "dtd": ("DTD", {"train": [_TRAIN, {"split": "val"}], "test": [_TEST]}),
+    "eurosat": ("EuroSAT", {"train": [_ALL], "test": [_ALL]}),
+    "svhn": ("SVHN", {"train": [_TRAIN], "test": [_TEST]}),
+}
+# Sets without an official split: images of each class to train on (a number, or a share); the others are the test set.
+_TRAIN_PER_CLASS = {"caltech101": 30, "eurosat": 0.8}
+_UNDECODABLE = OSError, ValueError, SyntaxError, Image.DecompressionBombError
 
 
-def build_dataset(name: str, path: Path, split: str):
-    """A labelled data set of PIL images.
+def dataset_name(text: str) -> str:
+    """The type of a --dataset flag."""
+    if text not in DATASETS and "/" not in text:
+        raise argparse.ArgumentTypeError(f"unknown data set {text!r}; choose from {', '.join(DATASETS)}, or a source of timm such "
+                                         "as hfds/NAME or torch/NAME")
+    return text
+
+
+class LabelledImages(torch.utils.data.Dataset):
+    """RGB images and their labels: item i is (PIL image, or what `transform` makes of it; int).
+
+    classes: the names of labels 0, 1, ...; None where the source does not tell.
+    targets: the labels of all images, as a list.
+    """
+
+    def __init__(self, source, classes: list[str] | None, transform=None, indices: list[int] | None = None):
+        self.source, self.classes, self.transform, self.indices = source, classes, transform, indices
+
+    def __len__(self):
+        return len(self.source if self.indices is None else self.indices)
+
+    def __getitem__(self, index: int):
+        try:
+            image, label = self.source[index if self.indices is None else self.indices[index]]
+            image = image.convert("RGB")
+        except _UNDECODABLE as error:
+            raise UserError(f"cannot decode image {index} of the data set: {_reason(error)}; replace or remove it") from error
+        return image if self.transform is None else self.transform(image), int(label)
+
+    @cached_property
+    def targets(self) -> list[int]:
+        targets = _targets(self.source)
+        return targets if self.indices is None else [targets[index] for index in self.indices]
+
+
+class ImageStream(torch.utils.data.IterableDataset):
+    """What `LabelledImages` is, for sources of timm that cannot be read by index (wds/, tfds/, hfids/); for one process."""
+
+    def __init__(self, source, transform=None):
+        self.source, self.classes, self.transform = source, None, transform
+
+    def __iter__(self):
+        for image, label in self.source:
+            yield image if self.transform is None else self.transform(image), int(label)
+
+    def __len__(self):
+        return len(self.source)
+
+
+def build_dataset(name: str, path: Path | None, split: str, transform=None, download: bool = True):
+    """A labelled data set: LabelledImages, or ImageStream.
 
     Args:
-        name: one of DATASETS. All but "folder" come from torchvision and are downloaded into `path` if they are not there.
-        path: torchvision's root, or the folder that holds `train/` and `test/` (or `val/`), each with a folder a class.
-        split: "train" or "test"; for stl10 also "unlabeled".
+        name: one of DATASETS: "folder", or a set of torchvision. Or a source of timm.data.create_dataset, "hfds/NAME", "wds/NAME"
+            and so on, also with "timm/" before it: "timm/" alone is timm's reader of folders and tar files.
+        path: torchvision's or timm's root, or the folder that holds `train/` and `test/` (or `val/`), each with a folder a class.
+        split: "train" or "test"; for stl10 also "unlabeled". train includes an official validation set (flowers102, pets, aircraft,
+            dtd). caltech101 and eurosat have no official split: by a fixed seed, 30 images of each class of caltech101 (its
+            background left out) and 80 % of each of eurosat are for training, all others for testing.
+        transform: of a PIL image.
+        download: whether the set may be fetched into `path` where it is missing. Several ranks: the first fetches it.
 
-    UserError for a download that fails, a missing or empty folder, and, on access, an image that cannot be decoded.
+    UserError for a set that is not there, a download that fails, a missing or empty folder, and, on access, an image that cannot
+    be decoded.
     """
     if name == "folder":
-        return _image_folder(path, split)
-    train = {"train": split == "train"}
-    make = {"cifar10": lambda: datasets.CIFAR10(path, **train, download=True),
-            "cifar100": lambda: datasets.CIFAR100(path, **train, download=True),
-            "stl10": lambda: datasets.STL10(path, split, download=True)}[name]
+        source = _image_folder(path, split)
+        return LabelledImages(source, source.classes, transform)
+    if download and rank() > 0:
+        dist.barrier()
+    dataset = _timm_dataset(name, path, split, download) if "/" in name else _torchvision_dataset(name, path, split, download)
+    if download and world_size() > 1 and rank() == 0:
+        dist.barrier()
+    dataset.transform = transform
+    return dataset
+
+
+def build_splits(name: str, path: Path | None, transform=None, download: bool = False):
+    """`build_dataset` of train and test. UserError also if their classes differ."""
+    train, test = (build_dataset(name, path, split, transform, download) for split in ("train", "test"))
+    if train.classes != test.classes:
+        differing = sorted(set(train.classes or ()) ^ set(test.classes or ()))
+        what = f"{', '.join(differing[:10])} in one of them" if differing else "the same in another order"
+        raise UserError(f"train and test in {path} have different classes: {what}")
+    return train, test
+
+
+def eval_transform(image_size: int, mean, std):
+    """PIL image -> [3, image_size, image_size], normalised: bicubic resize of the shorter side and centre crop. The crop takes
+    7/8 of the shorter side (224 of 256, as is usual for ImageNet), of images for at most 96 pixels all of it."""
+    resized = round(image_size * 8 / 7) if image_size > 96 else image_size
+    return transforms.Compose([transforms.Resize(resized, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(image_size),
+                               transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+
+def _torchvision_dataset(name: str, path: Path, split: str, download: bool) -> LabelledImages:
+    constructor, splits = TORCHVISION[name]
     try:
-        return make()
+        parts = [getattr(datasets, constructor)(path, **arguments, download=download) for arguments in splits[split]]
     except Exception as error:  # urllib, ssl, tarfile and torchvision each raise their own
-        raise UserError(f"cannot download {name} into {path}: {_reason(error)}. Copy its files there, or give a local copy as "
-                        "class folders with --dataset folder --data_path DIR (DIR/train, DIR/test)") from error
+        doing, hint = (f"download {name} into", "Copy its files there") if download else (
+            f"read {name} in", "Give its folder as --data_path, let --download fetch it")
+        raise UserError(f"cannot {doing} {path}: {_reason(error)}. {hint}, or give a local copy as class folders with --dataset "
+                        "folder --data_path DIR (DIR/train, DIR/test)") from error
+    source = parts[0] if len(parts) == 1 else torch.utils.data.ConcatDataset(parts)
+    classes = getattr(parts[0], "classes", None) or getattr(parts[0], "categories", None)
+    if classes is None:  # svhn: digits
+        classes = [str(label) for label in range(10)]
+    indices = _split_classes(_targets(source), _TRAIN_PER_CLASS[name], split) if name in _TRAIN_PER_CLASS else None
+    return LabelledImages(source, list(classes), indices=indices)
+
+
+def _split_classes(targets: list[int], train: int | float, split: str) -> list[int]:
+    """Indices of a split of what has none: of each class, `train` images (or that share of them) drawn by a fixed seed."""
+    targets, chosen = torch.tensor(targets), []
+    for label in range(int(targets.max()) + 1):
+        members = torch.where(targets == label)[0]
+        members = members[torch.randperm(len(members), generator=torch.Generator().manual_seed(stream_seed(label)))]
+        count = train if isinstance(train, int) else round(train * len(members))
+        chosen += (members[:count] if split == "train" else members[count:]).tolist()
+    return sorted(chosen)
+
+
+def _targets(source) -> list[int]:
+    if isinstance(source, torch.utils.data.ConcatDataset):
+        return [label for part in source.datasets for label in _targets(part)]
+    name = next(name for name in ("targets", "labels", "_labels", "y") if hasattr(source, name))
+    return [int(label) for label in getattr(source, name)]
+
+
+def _timm_dataset(name: str, path: Path | None, split: str, download: bool) -> LabelledImages | ImageStream:
+    import timm.data  # slow to import, and only this needs it
+    source = name.removeprefix("timm/")
+    if source.startswith(("hfds/", "hfids/")) and not download:
+        raise UserError(f"{source} comes over the network or from its library's cache; add --download to allow it")
+    error = None
+    for part in ("train",) if split == "train" else ("validation", "test"):  # sources name it either way
+        try:
+            dataset = timm.data.create_dataset(source, root=path and str(path), split=part, download=download)
+            break
+        except Exception as problem:  # every source raises its own
+            error = error or problem
+    else:
+        raise UserError(f"timm cannot open {source}, {split}, in {path}: {_reason(error)}; check --dataset, --data_path") from error
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        return ImageStream(dataset)
+    if isinstance(dataset, timm.data.ImageDataset):
+        reader = _TimmImages(dataset.reader)
+        return LabelledImages(reader, reader.classes)
+    return LabelledImages(dataset, getattr(dataset, "classes", None))
+
+
+class _TimmImages:
+    """A timm reader's images and labels. Its own data set would put another image in the place of one that cannot be decoded."""
+
+    def __init__(self, reader):
+        self.reader = reader
+        names = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
+        self.classes = sorted(names, key=names.get) if names else None
+
+    def __len__(self):
+        return len(self.reader)
+
+    def __getitem__(self, index: int):
+        file, label = self.reader[index]
+        with file:
+            return load_image(file, name=self.reader.filename(index)), label
+
+    @property
+    def targets(self):
+        if hasattr(self.reader, "iter_targets"):
+            return list(self.reader.iter_targets())
+        return getattr(self.reader, "targets", None) or [label for _, label in self.reader.samples]
 
 
 def _image_folder(path: Path, split: str):
     names = ("test", "val") if split == "test" else (split,)
-    folder = next((path / name for name in names if (path / name).is_dir()), None)
-    if folder is None:
+    folders = [path / name for name in names if (path / name).is_dir()]
+    if not folders:
         raise UserError(f"no folder {' or '.join(str(path / name) for name in names)}: --data_path must name a folder that "
-                        "holds train/ and test/, each with a folder of images per class")
+                        "holds train/ and test/ (or val/), each with a folder of images per class")
+    # ImageNet's test/ is without labels, its val/ is what everyone tests on.
+    folder = next((folder for folder in folders if any(entry.is_dir() for entry in folder.iterdir())), folders[0])
     try:
         return datasets.ImageFolder(folder, loader=load_image)
     except FileNotFoundError as error:
         raise UserError(f"no images to use in {folder}: {_reason(error)}. It must hold a folder of images per class") from error
 
 
-def load_image(path) -> Image.Image:
-    """The RGB image of a file. UserError, with the file's name, if it cannot be decoded."""
+def load_image(file, name=None) -> Image.Image:
+    """The RGB image of a file. UserError, with its name, if it cannot be decoded."""
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot decode image {path}: {_reason(error)}; replace or remove it") from error
+    except _UNDECODABLE as error:
+        raise UserError(f"cannot decode image {name or file}: {_reason(error)}; replace or remove it") from error

@@ -51,19 +51,19 @@ def parse_args(argv=None):
     add("--batch_size", type=utils.positive_int, help=_by_preset("images a batch, each seen in two views", "batch_size"))
     add("--accum_iter", type=utils.positive_int, default=1, help="batches whose gradients make one step")
     add("--epochs", type=utils.positive_int, help=_by_preset("passes over the data", "epochs"))
-    add("--lr", type=utils.non_negative_float, help=_by_preset("learning rate of AdamW", "lr"))
+    add("--lr", type=utils.positive_float, help=_by_preset("learning rate of AdamW", "lr"))
     add("--schedule", choices=("cosine", "constant"), help=_by_preset("of the learning rates", "schedule"))
     add("--warmup_epochs", type=utils.non_negative_float, help=_by_preset("of linear warm-up", "warmup_epochs"))
     add("--weight_decay", type=utils.non_negative_float, help=_by_preset("of the network", "weight_decay"))
     add("--crop_scale", type=float, nargs=2, metavar=("MIN", "MAX"), help=_by_preset("share of the area in a crop", "crop_scale"))
     add("--weights_lr", type=utils.non_negative_float, help=_by_preset("learning rate of a, b and alpha", "weights_lr"))
     add("--learn", nargs="+", choices=(*WEIGHTS, "none"), help=_by_preset("which of a, b, alpha are learned", "learn"))
-    add("--negative_weight", type=_number_or_sum, help="nu: a number, or 'sum' for the negatives per anchor (default: the loss's)")
-    add("--margin_negative_weight", type=_number_or_sum, help="kappa, likewise (default: the loss's)")
+    add("--negative_weight", type=utils.number_or_sum, help="nu: a number, or 'sum' for the negatives per anchor (default: the loss's)")
+    add("--margin_negative_weight", type=utils.number_or_sum, help="kappa, likewise (default: the loss's)")
     add("--score", choices=SCORES, help="of a pair (default: the loss's)")
     add("--nb_knn", type=utils.positive_int, default=200, help="neighbours that vote")
-    add("--temperature", type=float, default=0.07, help="of the k-NN votes exp(cos / T)")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation")
+    add("--temperature", type=utils.positive_float, default=0.07, help="of the k-NN votes exp(cos / T)")
+    add("--seed", type=utils.non_negative_int, default=0, help="of weights, order and augmentation")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--amp", choices=("auto", "bf16", "none"), default="auto", help="autocast; auto takes bf16 where the hardware has it")
     add("--compile", action="store_true", help="compile the network: minutes at the start, then faster steps")
@@ -92,12 +92,6 @@ def complete_args(args):
         raise utils.UserError(f"--learn none contradicts --learn {' '.join(set(args.learn) - {'none'})}; give one of them")
     if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
         raise utils.UserError("--crop_scale needs 0 < MIN <= MAX <= 1")
-    if not args.temperature > 0:
-        raise utils.UserError("--temperature must be above 0")
-    if not args.lr > 0:
-        raise utils.UserError("--lr must be above 0")
-    if not 0 <= args.seed < 2**63:
-        raise utils.UserError("--seed must lie between 0 and 2^63 - 1")
     if args.batch_size < 2:
         raise utils.UserError("--batch_size must be at least 2: negative pairs need two images")
     name = f"{args.dataset}_{args.arch}_{args.preset}_b{args.batch_size * args.accum_iter}_s{args.seed}"
@@ -109,10 +103,6 @@ def complete_args(args):
 def _by_preset(text, name):
     show = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else value  # noqa: E731
     return f"{text} (default: {', '.join(f'{show(recipe[name])} for {preset}' for preset, recipe in RECIPES.items())})"
-
-
-def _number_or_sum(text):
-    return text if text == "sum" else float(text)
 
 
 class Run:
@@ -150,7 +140,7 @@ class Run:
                     "mean": list(CIFAR_MEAN), "std": list(CIFAR_STD)}  # what the evaluation scripts must know
         return {"student": self.model.state_dict(), "backbone": backbone, "loss": self.criterion.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "epoch": self.epoch, "step": self.step, "sums": self.sums,
-                "epoch_seconds": self.epoch_seconds, "seconds": self.seconds, "data": self.fingerprint, "args": plain(self.args)}
+                "epoch_seconds": self.epoch_seconds, "seconds": self.seconds, "data": self.fingerprint, "args": utils.plain(self.args)}
 
     def load_state_dict(self, state, path):
         """Goes on from the checkpoint `state`, read from `path`. UserError if it is of another network or other data."""
@@ -186,7 +176,7 @@ def read_resume(args, path):
     if not isinstance(state.get("args"), dict):
         raise utils.UserError(f"{path} is no checkpoint of this script: it lacks its flags; move it away")
     free = FREE_ON_RESUME + (("epochs",) if args.schedule == "constant" else ())
-    utils.check_same_run(state["args"], plain(args), path, free)
+    utils.check_same_run(state["args"], utils.plain(args), path, free)
     return state
 
 
@@ -197,11 +187,6 @@ def build_criterion(args):
         return AUCCLLoss.preset(args.preset, learn=tuple(name for name in args.learn if name != "none"), **given)
     except ValueError as error:
         raise utils.UserError(str(error)) from error
-
-
-def plain(args):
-    """The flags as plain data, for the checkpoint."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
 def train_epoch(run, save, interruption):

@@ -1,7 +1,8 @@
-"""Runs cifar/main.py in a forked process that a signal hits at the n-th call of a function: an instant chosen, not chance's."""
+"""Runs a script in forked processes that a signal hits at the n-th call of a function: an instant chosen, not chance's."""
 import os
 import resource
 import signal
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -9,27 +10,54 @@ from types import SimpleNamespace
 
 import torch
 import utils
-from cifar import main
+from cifar import main as cifar_main
 
 POINTS = {"step": (torch.optim.AdamW, "step"),  # within an epoch
           "fsync": (os, "fsync"),               # a file is written aside, but not renamed yet
           "replace": (os, "replace")}           # it has just been renamed
 
 
-def run(arguments: list[str], folder: Path, point: str | None = None, count: int = 0, name: str = "KILL") -> SimpleNamespace:
-    """main.py with `arguments`, as its users start it: returncode (negative for a signal), stdout, stderr; output via `folder`.
+def run(arguments: list[str], folder: Path, point: str | None = None, count: int = 0, name: str = "KILL",
+        script=cifar_main) -> SimpleNamespace:
+    """The script with `arguments`, as its users start it: returncode (negative for a signal), stdout, stderr; output via `folder`.
 
     point: a key of POINTS, at whose `count`-th call the process sends itself SIG`name`; or "disk": no file can grow beyond
     `count` bytes.
     """
+    return _wait(_start(arguments, folder, point, count, name, script, {}))
+
+
+def run_ranks(arguments: list[str], folder: Path, script, world: int = 2, victim: int = 0, point: str | None = None, count: int = 0,
+              name: str = "KILL", variables=("RANK", "WORLD_SIZE", "LOCAL_RANK")) -> list[SimpleNamespace]:
+    """The script in `world` processes that meet as a launcher's do, by the environment `variables` for rank, number of ranks and
+    rank on this host; `point` concerns rank `victim`."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    started = []
+    for rank in range(world):
+        place = folder / str(rank)
+        place.mkdir(exist_ok=True)
+        values = dict(zip(variables, (str(rank), str(world), str(rank))))
+        started.append(_start(arguments, place, point if rank == victim else None, count, name, script, meeting | values))
+    return [_wait(process) for process in started]
+
+
+def _start(arguments, folder, point, count, name, script, environment):
     files = [folder / name for name in ("stdout", "stderr")]
     if (pid := os.fork()) == 0:
-        _become_script(arguments, files, point, count, name)
+        os.environ.update(environment)
+        _become_script(arguments, files, point, count, name, script)
+    return pid, files
+
+
+def _wait(process):
+    pid, files = process
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return SimpleNamespace(returncode=code, stdout=files[0].read_text(), stderr=files[1].read_text())
 
 
-def _become_script(arguments, files, point, count, name):
+def _become_script(arguments, files, point, count, name, script):
     code = 1
     try:
         for descriptor, (file, stream) in enumerate(zip(files, ("stdout", "stderr")), 1):
@@ -40,7 +68,7 @@ def _become_script(arguments, files, point, count, name):
             resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
         elif point:
             _arm(point, count, name)
-        utils.run_script(lambda: main.main(arguments))
+        utils.run_script(lambda: script.main(arguments))
         code = 0
     except SystemExit as error:
         code = error.code or 0
