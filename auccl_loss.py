@@ -30,7 +30,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 SCORES = {"cosine": (1.0, 0.0), "unit": (0.5, 0.5)}  # name -> (s, t) of the score h = s cos + t
 WEIGHTS = ("a", "b", "alpha")
@@ -182,6 +181,20 @@ class _Sums(torch.autograd.Function):
         return torch.addmm(grad_sum, x, grad_gram + grad_gram.T)
 
 
+class _AllReduce(torch.autograd.Function):
+    """The sum over ranks. Its gradient is a sum over ranks as well."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _AllReduce.apply(grad)
+
+
 def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
@@ -195,7 +208,7 @@ def _sum_over_ranks(*tensors: Tensor, gather: bool) -> list[Tensor]:
     objective, so the mean over ranks that DDP takes of the network's gradients is the objective's own gradient."""
     if _world_size(gather) == 1:
         return list(tensors)
-    flat = all_reduce(torch.cat([x.reshape(-1) for x in tensors]))
+    flat = _AllReduce.apply(torch.cat([x.reshape(-1) for x in tensors]))
     return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
 
 

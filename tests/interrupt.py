@@ -31,9 +31,7 @@ def run_ranks(arguments: list[str], folder: Path, script, world: int = 2, victim
               name: str = "KILL", variables=("RANK", "WORLD_SIZE", "LOCAL_RANK")) -> list[SimpleNamespace]:
     """The script in `world` processes that meet as a launcher's do, by the environment `variables` for rank, number of ranks and
     rank on this host; `point` concerns rank `victim`."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     started = []
     for rank in range(world):
         place = folder / str(rank)
@@ -41,6 +39,12 @@ def run_ranks(arguments: list[str], folder: Path, script, world: int = 2, victim
         values = dict(zip(variables, (str(rank), str(world), str(rank))))
         started.append(_start(arguments, place, point if rank == victim else None, count, name, script, meeting | values))
     return [_wait(process) for process in started]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def _start(arguments, folder, point, count, name, script, environment):

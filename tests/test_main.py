@@ -252,14 +252,14 @@ def test_a_fault_of_a_rank_ends_all_with_one_message(images, tmp_path, monkeypat
 # ------------------------------------------------------------------------------------------------------------- launchers
 
 def launch(launcher, script, arguments, **environment):
-    """A launcher's command run to its end, on a free port."""
+    """A launcher's command, run to its end."""
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
     return subprocess.run([*launcher, str(script), *arguments], env=clean | {"OMP_NUM_THREADS": "1"} | environment, cwd=ROOT,
                           capture_output=True, text=True, timeout=120)
 
 
 def test_the_old_launcher(images, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port=0"]
+    launcher = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={interrupt.free_port()}"]
     arguments = flags(images, tmp_path / "run", "--batch_size_per_gpu", "2", "--epochs", "1")
     result = launch(launcher, ROOT / "main.py", arguments)
     assert result.returncode == 0, result.stderr
