@@ -544,8 +544,10 @@ def main(argv=None):
     if state is None and utils.read_records(folder / "log.txt"):
         raise utils.UserError(f"{folder / 'log.txt'} belongs to a run whose checkpoint is gone; move it away or choose another --output_dir")
     run = Run(args, device)
-    if state:
+    fresh = state is None
+    if not fresh:
         run.load_state_dict(state, checkpoint)
+        del state  # as large as the run itself
     log = utils.RunLog(folder, (run.epoch, run.step), run.steps) if utils.rank() == 0 else None
     interruption = utils.Interruption()
     if log:
@@ -558,7 +560,7 @@ def main(argv=None):
         run.check_finite()
         if utils.rank() == 0:
             utils.save_checkpoint(run.state_dict(), folder / name)
-    if state is None:
+    if fresh:
         save()  # from now on a log has its checkpoint
     while run.epoch < args.epochs:
         train_epoch(run, log, save, interruption)

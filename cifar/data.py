@@ -36,10 +36,7 @@ def load_data(name: str, path: Path, size: int | None = None) -> ImageData:
     if name == "shapes":
         bank, bank_labels = draw_shapes("train")
         return ImageData(bank, bank, bank_labels, *draw_shapes("test"))
-    train, test = (utils.build_dataset(name, path, split) for split in ("train", "test"))
-    if train.classes != test.classes:
-        differing = sorted(set(train.classes) ^ set(test.classes))
-        raise utils.UserError(f"train and test in {path} have different classes: {', '.join(differing[:10])} in one of them")
+    train, test = utils.build_splits(name, path, download=True)
     bank, bank_labels = decode(train, size)
     images = bank if name != "stl10" else torch.cat([decode(utils.build_dataset(name, path, "unlabeled"), size)[0], bank])
     return ImageData(images, bank, bank_labels, *decode(test, size))
