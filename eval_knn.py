@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from scipy.special import stdtrit
 
 import utils
 
@@ -290,13 +291,15 @@ NAMED_KEYS = 5                                                              # ke
 
 
 class Description(NamedTuple):
-    """What must be known of a backbone to feed it. patch_size: None unless it is one of our ViTs; mean, std: of channels."""
+    """What must be known of a backbone to feed it. patch_size: None unless it is one of our ViTs; mean, std: of channels;
+    checkpoint_key: which network of its checkpoint it is, None for weights alone and random ones."""
 
     arch: str
     patch_size: int | None
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    checkpoint_key: str | None = None
 
 
 def load_backbone(path, checkpoint_key="teacher", arch=None, patch_size=None, image_size=None, random_weights=False):
@@ -327,14 +330,14 @@ def load_backbone(path, checkpoint_key="teacher", arch=None, patch_size=None, im
 
 def _read_weights(path, checkpoint_key):
     """What a file knows of its backbone (fields of Description), and the weights with their keys as the backbone's."""
-    state = _read_file(path)
+    state, known = _read_file(path, checkpoint_key), {}
     networks = {key: value for key, value in state.items() if "loss" not in key and _is_state_dict(value)}
     if _is_state_dict(state):
         if checkpoint_key != "teacher":
             raise utils.UserError(f"{path} holds one network and no key {checkpoint_key!r}; leave --checkpoint_key out")
         weights = state
     elif checkpoint_key in networks:
-        weights = networks[checkpoint_key]
+        weights, known = networks[checkpoint_key], {"checkpoint_key": checkpoint_key}
     elif networks:
         there = " or ".join(f"--checkpoint_key {key}" for key in networks)
         raise utils.UserError(f"{path} has no network {checkpoint_key!r}; choose {there}")
@@ -343,15 +346,15 @@ def _read_weights(path, checkpoint_key):
     weights = {key.removeprefix("module."): value for key, value in weights.items()}
     if any(key.startswith("backbone.") for key in weights):                 # beside it, the projection head of its training
         weights = {key.removeprefix("backbone."): value for key, value in weights.items() if not key.startswith("head.")}
-    return _known(state, weights), weights
+    return known | _known(state, weights), weights
 
 
-def _read_file(path):
+def _read_file(path, checkpoint_key):
     if path.suffix != ".safetensors":
         # DINO pickles its flags as a Namespace: an object that only takes attributes, so building one runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return utils.load_checkpoint(path, "if you trust its source, save the weights alone: torch.save(torch.load(PATH, "
-                                               "weights_only=False)['teacher'], 'weights.pth')")
+                                               f"weights_only=False)[{checkpoint_key!r}], 'weights.pth')")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     try:
@@ -386,7 +389,7 @@ def _build(known, path, arch, patch_size, image_size):
     arch = DINO_NAMES.get(arch, arch)
     given = {"arch": arch, "patch_size": patch_size, "image_size": image_size}
     if arch is not None and arch not in VIT_ARCHS and "arch" not in known:
-        known = {}                                                          # shapes of weights tell of our ViTs alone
+        known = {"checkpoint_key": known.get("checkpoint_key")}            # shapes of weights tell of our ViTs alone
     for name, value in given.items():
         if value is not None and known.get(name, value) != value:
             raise utils.UserError(f"--{name} {value} contradicts {path}, whose {name} is {known[name]}; leave --{name} out")
@@ -410,7 +413,8 @@ def _build(known, path, arch, patch_size, image_size):
             usual = _timm_input(backbone, image_size) if arch.startswith("timm/") else {}
     except ValueError as error:
         raise utils.UserError(str(error)) from error
-    values = {"patch_size": None, "image_size": 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, **usual, **known}
+    values = {"patch_size": None, "image_size": 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "checkpoint_key": None,
+              **usual, **known}
     return Description(**{name: values[name] for name in Description._fields}), backbone
 
 
@@ -459,24 +463,27 @@ def extract_features(network, dataset, device, batch_size=128, num_workers=0, am
     gather: with False the features are only this rank's, of images rank, rank + W, ... of W ranks; the labels are still all.
     keep_on: the device of the results, `device` by default.
 
-    UserError for an empty data set, for images that cannot be decoded, and for a stream of images on several ranks.
+    UserError for an empty data set, for images that cannot be decoded, for features that are not finite, and for a stream of
+    images on several ranks.
     """
     if isinstance(dataset, utils.ImageStream):
         if utils.world_size() > 1:
             raise utils.UserError("a stream of images cannot be shared out exactly over ranks; run one process")
-        own, share, num_workers = None, dataset, 0
+        own, images, num_workers = None, dataset, 0
     elif len(dataset) == 0:
         raise utils.UserError("there are no images to compute features of")
     else:
-        own = range(utils.rank(), len(dataset), utils.world_size())
-        share = torch.utils.data.Subset(dataset, own or range(1))           # a rank without images learns the width from one
-    loader = torch.utils.data.DataLoader(share, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
+        own = utils.share(range(len(dataset)))
+        images = torch.utils.data.Subset(dataset, own or range(1))          # a rank without images learns the width from one
+    loader = torch.utils.data.DataLoader(images, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
     features, labels = [], []
-    for (images, targets), _ in utils.progress(loader, 0, -(-len(share) // batch_size), title):
+    for (batch, targets), _ in utils.progress(loader, 0, -(-len(images) // batch_size), title):
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            rows = network(images.to(device, non_blocking=True))
+            rows = network(batch.to(device, non_blocking=True))
         features.append(rows.float().to(keep_on or device))
         labels.append(targets.to(keep_on or device))
+    if not all(rows.isfinite().all() for rows in features):
+        raise utils.UserError("the backbone's features are not finite; its training may have diverged; or --amp none may help")
     features, labels = torch.cat(features), torch.cat(labels)
     if own is None:
         return features, labels
@@ -485,16 +492,13 @@ def extract_features(network, dataset, device, batch_size=128, num_workers=0, am
 
 
 def draw_shots(labels, shots, generator):
-    """Indices of `shots` images of each class, drawn without replacement: [C * shots], class by class. labels: [N] in
-    [0, C), on the generator's device. UserError for a class with fewer images."""
+    """Indices of `shots` images of each class, drawn without replacement: [C * shots], class by class. labels: [N] in [0, C), on
+    the CPU. UserError for a class with fewer images."""
     counts = labels.bincount()
     if counts.min() < shots:
         scarce = int(counts.argmin())
         raise utils.UserError(f"--shots {shots} is more than the {int(counts[scarce])} training images of class {scarce}; lower it")
-    order = torch.randperm(len(labels), generator=generator)
-    order = order[labels[order].argsort(stable=True)]
-    first = counts.cumsum(0) - counts
-    return order[(first[:, None] + torch.arange(shots)).flatten()]
+    return utils.split_by_class(labels, lambda n: shots, generator)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------- command line
@@ -526,12 +530,20 @@ def add_evaluation_flags(parser):
     utils.add_process_flags(parser)
 
 
-def complete_evaluation_flags(args, needs_data=True):
-    """Fills in the data's folder, and makes the output's. UserError for what is missing or cannot be written to."""
+def refuse_flags(parser, args, names, other):
+    """UserError if one of the flags has another value than its default, which would have no effect beside the flag `other`."""
+    if given := [f"--{name}" for name in names if getattr(args, name) != parser.get_default(name)]:
+        raise utils.UserError(f"{' and '.join(given)} cannot be used with {other}; leave one of them out")
+
+
+def complete_evaluation_flags(parser, args):
+    """Fills in the data's folder, and makes the output's. UserError for what has no effect or cannot be written to."""
     if args.dataset in utils.TORCHVISION:
         args.data_path = args.data_path or Path(__file__).resolve().parent / "cifar" / "datasets"
-    elif needs_data and args.dataset == "folder" and args.data_path is None:
-        raise utils.UserError("--data_path is missing; name a folder that holds train/ and val/, or choose a --dataset")
+    if args.dataset == "folder":
+        refuse_flags(parser, args, ["download"], "--dataset folder")
+    if args.random_weights:
+        refuse_flags(parser, args, ["checkpoint_key"], "--random_weights")
     if args.output_dir:
         utils.make_output_dir(args.output_dir)
 
@@ -545,8 +557,8 @@ def load_from_flags(args):
 
 def describe_run(args, description):
     """The fields of a result's record that name the network and the data."""
-    return {"weights": str(args.pretrained_weights or "random"), "checkpoint_key": args.checkpoint_key, **description._asdict(),
-            "dataset": args.dataset, "data_path": args.data_path and str(args.data_path)}
+    return {"weights": str(args.pretrained_weights or "random"), **description._asdict(), "dataset": args.dataset,
+            "data_path": args.data_path and str(args.data_path)}
 
 
 def write_record(record, path=None):
@@ -577,17 +589,18 @@ def parse_args(argv=None):
     add_evaluation_flags(parser)
     args = parser.parse_args(argv)
     if args.load_features:
-        given = [f"--{name}" for name in ("pretrained_weights", "random_weights", "arch", "patch_size", "image_size", "data_path",
-                                          "download", "dump_features") if getattr(args, name)]
-        if given:
-            raise utils.UserError(f"{given[0]} has no use with --load_features; leave one of them out")
-    complete_evaluation_flags(args, needs_data=not args.load_features)
-    if args.vote == "linear" and args.temperature:
-        raise utils.UserError("--temperature has no meaning with --vote linear; leave it out")
-    if args.episodes and not args.shots:
+        refuse_flags(parser, args, ["pretrained_weights", "checkpoint_key", "random_weights", "arch", "patch_size", "image_size",
+                                    "dataset", "data_path", "download", "batch_size_per_gpu", "num_workers", "amp",
+                                    "dump_features"], "--load_features")
+    complete_evaluation_flags(parser, args)
+    if args.dump_features:
+        utils.make_output_dir(args.dump_features, "--dump_features")
+    if args.vote == "linear":
+        refuse_flags(parser, args, ["temperature"], "--vote linear")
+    if args.shots:
+        refuse_flags(parser, args, ["per_class"], "--shots")
+    elif args.episodes:
         raise utils.UserError("--episodes needs --shots, the images per class of an episode")
-    if args.shots and args.per_class:
-        raise utils.UserError("--per_class is not reported over episodes; leave out --shots or --per_class")
     args.temperature = args.temperature or [0.07]
     args.episodes = args.episodes or 100
     args.nb_knn, args.temperature = sorted(set(args.nb_knn)), sorted(set(args.temperature))
@@ -606,11 +619,10 @@ def compute_features(args, device, keep_on):
         extract_features(backbone, split, device, args.batch_size_per_gpu, args.num_workers, amp_dtype, title, gather, keep_on)
         for split, title, gather in zip(splits, ("train features", "test features"), (False, True)))
     if args.dump_features:
-        whole_bank = utils.gather_rows(bank, len(bank_labels))
+        whole_bank = utils.gather_rows(bank.cpu(), len(bank_labels))        # it may be too large for one GPU
         if utils.rank() == 0:
-            folder = utils.make_output_dir(args.dump_features)
             for name, tensor in zip(DUMPS, (whole_bank, bank_labels, queries, query_labels)):
-                utils.save_checkpoint(tensor.cpu(), folder / name)
+                utils.save_checkpoint(tensor.cpu(), args.dump_features / name)
     return bank, bank_labels, queries, query_labels, describe_run(args, description), splits[0].classes
 
 
@@ -634,10 +646,8 @@ def read_features(args, keep_on):
         _check_labels(len(queries), query_labels, None, "test")
     except ValueError as error:
         raise utils.UserError(f"the features in {args.load_features} do not fit each other: {error}") from error
-    share = bank[utils.rank()::utils.world_size()].contiguous()
-    labels = (labels.long().to(keep_on) for labels in (bank_labels, query_labels))
-    bank_labels, query_labels = labels
-    return share.to(keep_on), bank_labels, queries.to(keep_on), query_labels, {"features": str(args.load_features)}, None
+    tensors = utils.share(bank).contiguous(), bank_labels.long(), queries, query_labels.long()
+    return *(tensor.to(keep_on) for tensor in tensors), {"features": str(args.load_features)}, None
 
 
 @torch.no_grad()
@@ -653,7 +663,7 @@ def few_shot_accuracy(bank, bank_labels, queries, query_labels, shots, episodes,
     num_classes = int(bank_labels.max()) + 1
     labels = torch.arange(num_classes, device=bank.device).repeat_interleave(shots)
     world, rank = utils.world_size(), utils.rank()
-    queries, truth = queries[rank::world], query_labels[rank::world]
+    queries, truth = utils.share(queries), utils.share(query_labels)
     accuracy = {}
     for episode, _ in utils.progress(range(episodes), 0, episodes, "episodes"):
         generator = torch.Generator().manual_seed(utils.stream_seed(seed, episode))
@@ -672,8 +682,8 @@ def few_shot_accuracy(bank, bank_labels, queries, query_labels, shots, episodes,
 
 
 def interval(values):
-    """Mean of values [episodes], and half the width of its 95% interval, 1.96 standard errors; None from one episode."""
-    half = None if len(values) < 2 else 1.96 * values.std().item() / math.sqrt(len(values))
+    """Mean of values [episodes], and half the width of its 95% interval by Student's t; None from one episode."""
+    half = None if len(values) < 2 else stdtrit(len(values) - 1, 0.975) * values.std().item() / math.sqrt(len(values))
     return values.mean().item(), half
 
 

@@ -11,7 +11,8 @@
 A single head trains on all training images. Several train on the same nine tenths of them, the one that does best on the rest is
 chosen (no test image has a say in it), and heads.json lists all; the logistic regression is then fitted once more, to all images.
 
-The same command again resumes. Written below --output_dir: checkpoint.pth.tar, log.txt (a JSON record an epoch), heads.json.
+The same command again resumes. Written below --output_dir: checkpoint.pth.tar, log.txt (a JSON record an epoch), heads.json;
+linear.txt by --evaluate.
 """
 import functools
 import itertools
@@ -27,14 +28,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from torchvision.transforms.functional import InterpolationMode
 
 import utils
-from eval_knn import Description, add_evaluation_flags, complete_evaluation_flags, draw_shots, extract_features, load_from_flags
+from eval_knn import (Description, add_evaluation_flags, complete_evaluation_flags, describe_run, draw_shots, extract_features,
+                      load_from_flags, refuse_flags, write_record)
 from vision_transformer import VisionTransformer
 
 MEAN_PER_CLASS = ("aircraft", "caltech101", "flowers102", "pets")      # where papers report the mean over classes
-FREE_ON_RESUME = ("output_dir", "data_path", "device", "dist_url", "download", "local_rank", "num_workers")
+FREE_ON_RESUME = ("output_dir", "data_path", "device", "dist_url", "download", "local_rank", "num_workers",
+                  "pretrained_weights")                                 # the fingerprint tells backbones apart
 CHECKPOINT, HEADS = "checkpoint.pth.tar", "heads.json"                  # the first is DINO's name
 HELD_OUT = 0.1                          # of each class's training images, where candidates must be chosen among
 L2_GRID = tuple(10 ** (-k / 2) for k in range(-2, 13))      # weight decay of the logistic regression, strongest first: 10 ... 1e-6
@@ -46,10 +48,10 @@ SUBSET, HOLD_OUT, ORDER, CROP, INIT = range(5)              # random streams: ch
 # ----------------------------------------------------------------------------------------------------- features and heads
 
 class Candidate(NamedTuple):
-    """What tells one head of the grid from another."""
+    """What tells one head of the grid from another; None for what does not apply to its backbone or solver."""
 
-    n_last_blocks: int
-    avgpool_patchtokens: bool
+    n_last_blocks: int | None = None
+    avgpool_patchtokens: bool | None = None
     lr: float | None = None             # SGD's, per 256 images
     l2: float | None = None             # the logistic regression's
 
@@ -64,7 +66,7 @@ class FrozenFeatures(nn.Module):
     def __init__(self, backbone: nn.Module, candidates: list[Candidate]):
         super().__init__()
         self.backbone = backbone
-        self.blocks = max(c.n_last_blocks for c in candidates)
+        self.blocks = max(c.n_last_blocks or 1 for c in candidates)
         self.avgpool = any(c.avgpool_patchtokens for c in candidates)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -78,7 +80,8 @@ class FrozenFeatures(nn.Module):
 
     def columns(self, candidate: Candidate) -> slice:
         """Those of `forward`'s columns that a candidate's head sees: always neighbours."""
-        first, last = self.blocks - candidate.n_last_blocks, self.blocks + candidate.avgpool_patchtokens
+        first = self.blocks - (candidate.n_last_blocks or 1)
+        last = self.blocks + bool(candidate.avgpool_patchtokens)
         return slice(first * self.backbone.embed_dim, last * self.backbone.embed_dim)
 
 
@@ -127,7 +130,7 @@ def measure(grid: HeadGrid, features: Tensor, labels: Tensor, device: torch.devi
     """Scores of all heads on features [N, F], N >= 1. Each rank takes its share of the rows; all return the same."""
     heads, classes = len(grid.heads), grid.heads[0].out_features
     totals = torch.zeros(classes + 2, heads, device=device)     # images a head gets right, by class; in its first five; loss
-    for rows in share(torch.arange(len(labels))).split(max(1, LOGITS // (heads * classes))):
+    for rows in utils.share(torch.arange(len(labels))).split(max(1, LOGITS // (heads * classes))):
         truth = labels[rows].to(device)
         losses, logits = grid.losses(features[rows].to(device), truth)
         hits = logits.topk(min(5, classes)).indices == truth[:, None, None]                                 # [B, H, 5]
@@ -171,7 +174,7 @@ def fit_logistic(head: nn.Linear, features: Tensor, labels: Tensor, l2: float) -
     """
     weight, bias = head.weight, head.bias
     mean, scale = features.mean(0), features.var(0, correction=0).mean().sqrt().clamp_min(1e-12)
-    count, features, labels = len(labels), (share(features) - mean) / scale, share(labels)
+    count, features, labels = len(labels), (utils.share(features) - mean) / scale, utils.share(labels)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=500, history_size=10, tolerance_grad=1e-6, tolerance_change=1e-8,
                                   line_search_fn="strong_wolfe")
 
@@ -198,29 +201,20 @@ def fit_logistic(head: nn.Linear, features: Tensor, labels: Tensor, l2: float) -
 
 # ---------------------------------------------------------------------------------------------------- images and batches
 
-def split_by_class(labels: Tensor, take, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Row numbers of a random choice of `take(n)` out of every class's n images, and of all others; both ascending."""
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        members = (labels == label).nonzero().squeeze(1)
-        chosen[members[torch.randperm(len(members), generator=generator)[:take(len(members))]]] = True
-    return chosen.nonzero().squeeze(1), (~chosen).nonzero().squeeze(1)
-
-
 def choose_subset(labels: Tensor, shots: int | None, fraction: float | None, seed: int) -> Tensor:
     """Row numbers of the training images to use: `shots` of every class, or `fraction` of every class and at least one, or all."""
     generator = torch.Generator().manual_seed(utils.stream_seed(seed, SUBSET))
     if shots:
         return draw_shots(labels, shots, generator)
     if fraction:
-        return split_by_class(labels, lambda n: max(1, round(fraction * n)), generator)[0]
+        return utils.split_by_class(labels, lambda n: (fraction * n).round().clamp_min(1), generator)[0]
     return torch.arange(len(labels))
 
 
 def hold_out(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Row numbers to train on and to choose on: of every class HELD_OUT, at least one, and never all. UserError if that is none."""
     generator = torch.Generator().manual_seed(utils.stream_seed(seed, HOLD_OUT))
-    held, fit = split_by_class(labels, lambda n: min(n - 1, max(1, round(HELD_OUT * n))), generator)
+    held, fit = utils.split_by_class(labels, lambda n: torch.minimum(n - 1, (HELD_OUT * n).round().clamp_min(1)), generator)
     if len(held) == 0:
         raise utils.UserError("one image per class leaves none to choose between several heads on; give one --lr, --n_last_blocks "
                               "and --avgpool_patchtokens with --solver sgd, or more images")
@@ -229,7 +223,7 @@ def hold_out(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 class EpochBatches:
     """The batches of an epoch (attribute `epoch`): all `count` rows in an order that seed and epoch fix, cut into parts that
-    differ by at most one row and have at most `batch_size` (over all ranks), and one for every rank.
+    differ by at most one row. A part has at most `batch_size` rows over all ranks, or more where fewer would leave a rank without.
 
     Iterates over this rank's (epoch, row) of each batch, as a DataLoader's batch_sampler.
     """
@@ -250,12 +244,7 @@ class EpochBatches:
 
     def __iter__(self):
         for batch in self.rows():
-            yield [(self.epoch, row) for row in share(batch).tolist()]
-
-
-def share(rows: Tensor) -> Tensor:
-    """This rank's part of a batch."""
-    return rows[utils.rank()::utils.world_size()]
+            yield [(self.epoch, row) for row in utils.share(batch).tolist()]
 
 
 class AugmentedImages(Dataset):
@@ -276,8 +265,8 @@ class AugmentedImages(Dataset):
 def train_transform(description: Description) -> transforms.Compose:
     """DINO's augmentation for linear classification: PIL image -> float [3, S, S]."""
     return transforms.Compose([
-        transforms.RandomResizedCrop(description.image_size, interpolation=InterpolationMode.BICUBIC),
-        transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(description.mean, description.std)])
+        transforms.RandomResizedCrop(description.image_size), transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(), transforms.Normalize(description.mean, description.std)])
 
 
 # ------------------------------------------------------------------------------------------------------------------ flags
@@ -300,17 +289,18 @@ def parse_args(argv=None):
     add("--val_freq", type=utils.positive_int, default=1, help="epochs between evaluations")
     add("--evaluate", action="store_true", help="only measure the head of --pretrained_linear")
     add("--pretrained_linear", type=Path, help="checkpoint of a head, ours or DINO's")
-    return complete_args(parser.parse_args(argv))
+    return complete_args(parser, parser.parse_args(argv))
 
 
-def complete_args(args):
+def complete_args(parser, args):
     """Fills in what depends on other flags. UserError for flags that contradict each other."""
-    complete_evaluation_flags(args)
+    complete_evaluation_flags(parser, args)
     if args.evaluate != (args.pretrained_linear is not None):
         raise utils.UserError("--evaluate and --pretrained_linear FILE go together: a saved head is only measured")
+    if args.evaluate:
+        refuse_flags(parser, args, ["solver", "lr", "epochs", "cache_features", "shots", "fraction", "val_freq"], "--evaluate")
     if args.solver == "lbfgs":
-        if given := [f"--{name}" for name in ("lr", "epochs") if getattr(args, name) is not None]:
-            raise utils.UserError(f"{' and '.join(given)} cannot be used with --solver lbfgs, which runs to convergence; leave out")
+        refuse_flags(parser, args, ["lr", "epochs", "cache_features", "val_freq"], "--solver lbfgs, which runs to convergence")
         args.epochs = 1  # one record
     args.lr, args.epochs = args.lr or [0.001], args.epochs or 100
     if args.shots and args.fraction is not None:
@@ -320,14 +310,19 @@ def complete_args(args):
     return args
 
 
-def count_labels(dataset, num_labels: int | None) -> int:
-    """The number of classes. UserError if --num_labels is another, or for images that cannot be read by number."""
-    if isinstance(dataset, utils.ImageStream):
+def count_labels(num_labels: int | None, *splits) -> int:
+    """The number of classes: of names, or without names --num_labels, or what the labels of all splits need. UserError if that
+    contradicts the flag or the labels, or for images that cannot be read by number."""
+    if any(isinstance(split, utils.ImageStream) for split in splits):
         raise utils.UserError("this source is a stream of images, but a linear probe reads them in random order; use one that is "
                               "read by number, such as hfds/NAME, or class folders")
-    found = len(dataset.classes) if dataset.classes else max(dataset.targets) + 1
+    labels, names = {label for split in splits for label in split.targets}, splits[0].classes
+    found = len(names) if names else num_labels or max(labels) + 1
     if num_labels not in (None, found):
         raise utils.UserError(f"--num_labels {num_labels}, but the data set has {found} classes; leave the flag out")
+    if min(labels) < 0 or max(labels) >= found:
+        raise utils.UserError(f"the labels run from {min(labels)} to {max(labels)}, but there are {found} classes; check the data "
+                              "set and --num_labels")
     return found
 
 
@@ -341,7 +336,7 @@ def make_candidates(args, backbone: nn.Module) -> list[Candidate]:
     else:
         if named := [f"--{name}" for name, value in given.items() if value is not None]:
             raise utils.UserError(f"{' and '.join(named)} only applies to vit_*, this backbone's pooled output is used; leave out")
-        blocks, avgpool = [1], [False]
+        blocks, avgpool = [None], [None]
     if args.solver == "lbfgs":
         return [Candidate(n, pool, l2=l2) for n, pool, l2 in itertools.product(blocks, avgpool, L2_GRID)]
     return [Candidate(n, pool, lr=lr) for n, pool, lr in itertools.product(blocks, avgpool, unique(args.lr))]
@@ -366,7 +361,7 @@ class Probe:
         backbone, self.description = load_from_flags(args)
         self.candidates = make_candidates(args, backbone)
         self.train, self.test = utils.build_splits(args.dataset, args.data_path, download=args.download)
-        self.num_labels = count_labels(self.train, args.num_labels)
+        self.num_labels = count_labels(args.num_labels, self.train, self.test)
 
         labels = torch.tensor(self.train.targets)
         self.rows = choose_subset(labels, args.shots, args.fraction, args.seed)     # of the training images
@@ -374,8 +369,7 @@ class Probe:
         if len(self.candidates) > 1:
             self.fit, self.held = hold_out(labels[self.rows], args.seed)
 
-        weights = zlib.crc32(b"".join(value.float().numpy().tobytes() for value in backbone.state_dict().values()))
-        self.fingerprint = [weights, len(self.rows), len(self.test)]
+        self.fingerprint = [checksum(backbone), len(self.rows), len(self.test)]
         torch.backends.cudnn.deterministic = True  # the same command gives the same bits
         self.features = FrozenFeatures(backbone, self.candidates).to(device)
         self.grid = HeadGrid([self.features.columns(c) for c in self.candidates], self.num_labels, args.seed).to(device)
@@ -431,6 +425,11 @@ class Probe:
                                      pin_memory=self.device.type == "cuda")
 
 
+def checksum(backbone: nn.Module) -> int:
+    """Of its weights, on the CPU."""
+    return zlib.crc32(b"".join(value.float().numpy().tobytes() for value in backbone.state_dict().values()))
+
+
 def fixed_features(args, features: FrozenFeatures, description: Description, dataset, device, rows=None) -> tuple[Tensor, Tensor]:
     """Features [N, F] and labels [N], on every rank, of the images at `rows` (default: all) without augmentation."""
     transform = utils.eval_transform(description.image_size, description.mean, description.std)
@@ -445,7 +444,7 @@ def train_batches(probe: Probe):
     if probe.cache:
         features, labels = probe.cache
         for batch in probe.batches.rows():
-            rows = probe.fit[share(batch)]
+            rows = probe.fit[utils.share(batch)]
             yield features[rows].to(probe.device), labels[rows].to(probe.device)
     else:
         amp = utils.select_amp(probe.args.amp, probe.device)
@@ -460,8 +459,9 @@ def train_epoch(probe: Probe) -> Tensor:
     probe.batches.epoch = probe.epoch
     sums = torch.zeros(len(probe.candidates), device=probe.device)
     steps = zip(probe.batches.rows(), train_batches(probe))
-    title = f"epoch {probe.epoch + 1}/{probe.args.epochs}"
-    for (batch, (features, labels)), _ in utils.progress(steps, 0, len(probe.batches), title):
+    epochs, length = probe.args.epochs, len(probe.batches)
+    title = f"epoch {probe.epoch + 1}/{epochs}"
+    for (batch, (features, labels)), _ in utils.progress(steps, probe.epoch * length, epochs * length, title):
         sums += sgd_step(probe.grid, probe.optimizer, features, labels, len(batch))
     probe.scheduler.step()
     return utils.sum_over_ranks(sums).cpu() / len(probe.fit)
@@ -527,7 +527,7 @@ def run(probe: Probe) -> None:
     """Trains, evaluates, records and saves until --epochs are done, from where an earlier run stopped."""
     args, folder = probe.args, probe.args.output_dir
     path = folder / CHECKPOINT
-    if path.exists():
+    if utils.sum_over_ranks(torch.tensor(int(utils.rank() == 0 and path.exists()))):  # rank 0 decides for all, then may write it
         probe.load_state_dict(utils.load_checkpoint(path), path)
     elif utils.read_records(folder / "log.txt"):
         raise utils.UserError(f"{folder / 'log.txt'} belongs to another run, or to one whose {CHECKPOINT} is gone; move it away or "
@@ -552,7 +552,7 @@ def run(probe: Probe) -> None:
     if log:
         if not log.records:
             raise utils.UserError(f"the run in {folder} is finished, but its log.txt is gone; choose another --output_dir")
-        print(f"done: {utils.format_record(describe(probe.candidates[probe.chosen]) | log.records[-1])}", flush=True)
+        print(f"done: {utils.format_record(log.records[-1])}", flush=True)
 
 
 def run_epoch(probe: Probe, folder: Path) -> dict:
@@ -571,43 +571,56 @@ def run_epoch(probe: Probe, folder: Path) -> dict:
             write_heads(probe, held, test, folder / HEADS)
     probe.seconds += time.monotonic() - started
     rate = {"train_lr": rates[probe.chosen]} if rates else {}
-    return {"epoch": probe.epoch, "train_loss": losses[probe.chosen].item(), **rate, "seconds": probe.seconds, **scores}
+    return {"epoch": probe.epoch, **describe(probe.candidates[probe.chosen]), "train_loss": losses[probe.chosen].item(), **rate,
+            "seconds": probe.seconds, **scores}
 
 
 def evaluate_saved(args, device: torch.device) -> dict:
-    """Scores on the test images of the head in --pretrained_linear."""
-    weights, candidate = load_head(args.pretrained_linear)
+    """A record of the scores on the test images of the head in --pretrained_linear."""
+    weights, saved, trained_on = load_head(args.pretrained_linear)
     backbone, description = load_from_flags(args)
-    candidate = check_candidate(args, candidate, backbone)
+    if trained_on not in (None, checksum(backbone)):
+        raise utils.UserError(f"the head in {args.pretrained_linear} was trained on another backbone; give that one's "
+                              "--pretrained_weights, or the --seed of its random ones")
+    candidate = check_candidate(args, saved, backbone)
     features = FrozenFeatures(backbone, [candidate]).to(device)
     dataset = utils.build_dataset(args.dataset, args.data_path, "test", download=args.download)
-    grid = HeadGrid([features.columns(candidate)], count_labels(dataset, args.num_labels))
+    grid = HeadGrid([features.columns(candidate)], count_labels(args.num_labels, dataset))
     head = grid.heads[0]
     if weights["weight"].shape != head.weight.shape:
         raise utils.UserError(f"the head in {args.pretrained_linear} has {list(weights['weight'].shape)} weights, but these "
                               f"features and classes need {list(head.weight.shape)}; check --n_last_blocks")
+    if saved is None and candidate.avgpool_patchtokens:  # DINO puts each mean behind its entry of the class token
+        weights["weight"] = weights["weight"].unflatten(1, (-1, 2)).transpose(1, 2).flatten(1)
     head.load_state_dict(weights)
     scores = measure(grid.to(device), *fixed_features(args, features, description, dataset, device), device)
-    return score_record(scores, 0, "test", args.dataset)
+    return {**describe_run(args, description), "head": str(args.pretrained_linear), **describe(candidate),
+            **score_record(scores, 0, "test", args.dataset)}
 
 
-def load_head(path: Path) -> tuple[dict, Candidate | None]:
-    """A saved head's weight [C, F] and bias [C], and what features it sees if that is saved with it. UserError if it is none."""
+def load_head(path: Path) -> tuple[dict, Candidate | None, int | None]:
+    """A saved head's weight [C, F] and bias [C], and if saved with it what features it sees and the checksum of their backbone.
+    UserError if it is none."""
     state = utils.load_checkpoint(path)
     try:
         weights = {name.removeprefix("module.").removeprefix("linear."): value for name, value in state["state_dict"].items()}
         weights = {"weight": weights["weight"], "bias": weights["bias"]}
-        return weights, Candidate(**state["candidate"]) if "candidate" in state else None
-    except (KeyError, AttributeError, TypeError) as error:
+        if "candidate" not in state:
+            return weights, None, None
+        return weights, Candidate(**state["candidate"]), state["fingerprint"][0]
+    except (KeyError, AttributeError, TypeError, IndexError) as error:
         raise utils.UserError(f"{path} is no checkpoint of a linear head: {error!r}") from error
 
 
 def check_candidate(args, saved: Candidate | None, backbone) -> Candidate:
     """What features the saved head sees: as saved, or as the flags say."""
+    told, *more = make_candidates(args, backbone)
     if saved is None:
-        saved, *more = make_candidates(args, backbone)
         if more:
             raise utils.UserError("--evaluate measures one head; give one --n_last_blocks and one --avgpool_patchtokens")
+        if told.avgpool_patchtokens and told.n_last_blocks > 1:
+            raise utils.UserError("DINO's heads see the mean patch token beside one class token; give --n_last_blocks 1")
+        return told._replace(lr=None)
     for name in ("n_last_blocks", "avgpool_patchtokens"):
         if getattr(args, name) not in (None, [getattr(saved, name)]):
             raise utils.UserError(f"--{name} contradicts {args.pretrained_linear}, whose head was trained with "
@@ -619,9 +632,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = utils.init_distributed(args.device, args.dist_url)
     if args.evaluate:
-        record = evaluate_saved(args, device)
-        if utils.rank() == 0:
-            print(utils.format_record(record), flush=True)
+        write_record(evaluate_saved(args, device), args.output_dir / "linear.txt")
     else:
         run(Probe(args, device))
 

@@ -41,7 +41,8 @@ VIT_ONLY = ("patch_size", "drop_path_rate")
 DEFAULTS = dict(momentum_teacher=0.996, local_crops_number=8, local_crops_size=96, local_crops_scale=(0.05, 0.4), patch_size=16,
                 drop_path_rate=0.1)  # of flags that some other flags rule out
 FREE_ON_RESUME = ("output_dir", "data_path", "device", "dist_url", "local_rank", "num_workers", "print_freq", "save_every",
-                  "saveckp_freq", "knn_every", "knn_data_path", "batch_size_per_gpu")  # the batch of all ranks must stay, see Run
+                  "saveckp_freq", "knn_every", "knn_data_path", "skip_bad_images", "download",
+                  "batch_size_per_gpu")  # the batch of all ranks must stay, see Run
 
 
 def parse_args(argv=None):
@@ -97,7 +98,8 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("data and output").add_argument
     add("--data_path", type=Path, required=True, help="folder of the training images; with --dataset, the data set's root")
-    add("--dataset", type=utils.dataset_name, help=f"a set instead of a folder: {', '.join(utils.DATASETS[:3])}, ... or a source of timm")
+    add("--dataset", type=utils.dataset_name, help=f"a set instead of a folder: {', '.join(utils.DATASETS[:3])}, ... or a source of timm that is read by index (hfds/NAME)")
+    add("--download", action="store_true", help="fetch --dataset if it is not in --data_path")
     add("--skip_bad_images", action="store_true", help="take the next image for one that cannot be decoded, and count them")
     add("--num_workers", type=utils.non_negative_int, default=10, help="processes that decode and crop, for each training process")
     add("--output_dir", type=Path, default=Path("."), help="where to write")
@@ -137,6 +139,7 @@ def complete_args(args):
     if args.use_fp16 is not None:
         refuse(["amp"], "with --use_fp16")
     args.amp = args.amp or {None: "auto", True: "fp16", False: "none"}[args.use_fp16]
+    args.use_fp16 = None  # said by --amp now
     for name, value in (RECIPES[args.preset] | DEFAULTS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -181,7 +184,7 @@ class MultiCropImages(Dataset):
                              args.local_crops_number, args.rand_augment)
         self.skip_bad = args.skip_bad_images
         self.folder = args.data_path
-        self.source = (utils.build_dataset(args.dataset, args.data_path, "train", download=False) if args.dataset
+        self.source = (utils.build_dataset(args.dataset, args.data_path, "train", download=args.download) if args.dataset
                        else find_images(args.data_path))
         if isinstance(self.source, IterableDataset):
             raise utils.UserError(f"{args.dataset} can only be read as a stream, which a resumed run cannot enter where it stopped; "
@@ -199,7 +202,7 @@ class MultiCropImages(Dataset):
                 return self.crop(self._load((index + skipped) % len(self)), seed), skipped
             except utils.UserError as error:
                 bad = error
-        return bad
+        return utils.UserError(f"{str(bad).partition(';')[0]}; replace it by an image of the same name, or add --skip_bad_images")
 
     def _load(self, index):
         item = self.source[index]
@@ -232,7 +235,7 @@ def make_loader(run):
     own = slice(rank * args.batch_size_per_gpu, (rank + 1) * args.batch_size_per_gpu)
     keys = ([(index, utils.stream_seed(args.seed, run.epoch, index)) for index in batch[own].tolist()] for batch in batches)
     return DataLoader(run.images, batch_sampler=keys, num_workers=args.num_workers, collate_fn=collate,
-                      pin_memory=run.device.type == "cuda")
+                      pin_memory=run.device.type == "cuda", worker_init_fn=utils.ignore_signals)
 
 
 # --------------------------------------------------------------------------------------------------------------------- run
@@ -243,7 +246,7 @@ class Run:
     def __init__(self, args, device):
         self.args, self.device = args, device
         self.amp_dtype = utils.select_amp(args.amp, device)
-        torch.backends.cudnn.deterministic = True  # the same command gives the same bits
+        torch.backends.cudnn.deterministic = True
         self.criterion = build_criterion(args).to(device)
         self.images = MultiCropImages(args)
         self.batch_size = args.batch_size_per_gpu * utils.world_size()  # images the objective sees at once
@@ -259,7 +262,7 @@ class Run:
         set_fused_attn(device.type != "cpu")  # torch's fused attention takes 2 to 8 times as long backwards on a CPU as timm's plain one
         torch.manual_seed(args.seed)  # the same weights on all ranks
         self.student = build_network(args, args.drop_path_rate or 0.0).to(device, memory_format=torch.channels_last)
-        self.teacher = make_teacher(args, self.student).to(device) if args.teacher == "ema" else None
+        self.teacher = make_teacher(args, self.student).to(device, memory_format=torch.channels_last) if args.teacher == "ema" else None
         if args.grad_checkpointing:
             self.student.backbone.set_grad_checkpointing(True)
         if utils.world_size() > 1 and device.type == "cuda":  # torch has none for CPUs
@@ -272,8 +275,8 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
 
         self.epoch = self.step = 0  # the next to run; step counts within the epoch
-        # Over the epoch so far: loss, positive and negative mean score, skipped images, seconds, and those of waiting for data
-        self.sums = torch.zeros(6, dtype=torch.float64)
+        # Over the epoch so far: loss, positive and negative mean score, skipped images, steps, seconds, and those of waiting for data
+        self.sums = torch.zeros(7, dtype=torch.float64)
         self.noted_sums = self.sums.clone()  # at the last record
 
     def state_dict(self):
@@ -310,12 +313,20 @@ class Run:
             raise utils.UserError(f"{path} does not fit this script's network: {error!r}; move it away") from error
 
     def check_finite(self):
-        """UserError if a weight is not finite: nothing of it must be saved."""
-        if not all(torch.isfinite(x).all() for x in (*self.student.parameters(), *self.criterion.parameters())):
+        """UserError if a weight or a buffer is not finite: nothing of it must be saved."""
+        networks = filter(None, (self.student, self.teacher, self.criterion))
+        if not all(torch.isfinite(x).all() for network in networks for x in network.state_dict().values()):
             raise utils.UserError(self.diverged("a weight"))
 
+    def check_ranks_agree(self):
+        """UserError if ranks found different checkpoints or images: they would train apart, or wait for one another for ever."""
+        content = int(self.images.fingerprint[1][:15], 16)
+        if not utils.same_over_ranks(self.epoch, self.step, self.steps, content):
+            raise utils.UserError("the processes see different checkpoints or images; --output_dir and --data_path must be the same "
+                                  "folders on all hosts")
+
     def diverged(self, what):
-        return (f"training diverged: {what} is not finite at step {self.step} of epoch {self.epoch + 1}; start anew with a lower --lr or "
+        return (f"training diverged: {what} is not finite at step {self.step} of epoch {self.epoch}; start anew with a lower --lr or "
                 "--weights_lr. The last checkpoint is as it was")
 
     def autocast(self):
@@ -334,8 +345,20 @@ def build_criterion(args):
 
 def build_network(args, drop_path_rate):
     backbone = _checked(build_backbone, args.arch, args.patch_size or 16, args.global_crops_size, drop_path_rate)
+    if args.arch.startswith("timm/"):
+        check_sizes(args, backbone)
     return MultiCropNet(backbone, ProjectionHead(backbone.embed_dim, args.out_dim, use_bn=args.use_bn_in_head,
                                                  norm_last_layer=args.norm_last_layer))
+
+
+@torch.no_grad()
+def check_sizes(args, backbone):
+    """UserError for crops of a size that a model of timm does not take."""
+    for size in {args.global_crops_size, args.local_crops_size if args.local_crops_number else args.global_crops_size}:
+        try:
+            backbone.eval()(torch.zeros(1, 3, size, size))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise utils.UserError(f"{args.arch} cannot take crops of {size} pixels: {error}; change the crops' size") from error
 
 
 def make_teacher(args, student):
@@ -391,16 +414,16 @@ def train_epoch(run, log, save, interruption):
         torch.manual_seed(utils.stream_seed(args.seed, utils.rank(), run.epoch, run.step))  # of stochastic depth
         totals = train_step(run, parts, stop=interruption.signal is not None)
         run.step += 1
-        run.sums += torch.cat([totals[:4], totals.new_tensor([time.monotonic() - started, waited])])
+        run.sums += torch.cat([totals[:4], totals.new_tensor([1, time.monotonic() - started, waited])])
         if run.step % args.print_freq == 0:
-            record = make_record(run, run.sums - run.noted_sums, args.print_freq, step=run.step)
+            record = make_record(run, run.sums - run.noted_sums, step=run.step)
             run.noted_sums = run.sums.clone()
             if log:
                 log.write(record)
         if totals[4] > 0 or (args.save_every and run.step % args.save_every == 0 and run.step < run.steps):
             save()
         if totals[4] > 0:
-            interruption.leave(f"saved after step {run.step}/{run.steps} of epoch {run.epoch + 1}; the same command resumes")
+            interruption.leave(f"saved after step {run.step}/{run.steps} of epoch {run.epoch}; the same command resumes")
 
 
 def train_step(run, parts, stop):
@@ -439,6 +462,7 @@ def train_step(run, parts, stop):
     for optimizer in run.optimizers.values():
         run.scaler.step(optimizer)
     run.scaler.update()
+    average_buffers(run.student)
     if run.teacher:
         update_teacher(run.teacher, run.student, run.momentum)
     return totals
@@ -460,6 +484,16 @@ def clip_gradients(parameters, max_norm):
     if max_norm and grads:
         norms = torch.stack(torch._foreach_norm(grads))
         torch._foreach_mul_(grads, (max_norm / (norms + 1e-6)).clamp(max=1).unbind())
+
+
+@torch.no_grad()
+def average_buffers(network):
+    """Gives all ranks the mean of their batch norms' running statistics: without SyncBN each has its own."""
+    buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+    if buffers and utils.world_size() > 1:
+        mean = utils.sum_over_ranks(torch.cat([buffer.flatten() for buffer in buffers])) / utils.world_size()
+        for buffer, part in zip(buffers, mean.split([buffer.numel() for buffer in buffers])):
+            buffer.copy_(part.view_as(buffer))
 
 
 @torch.no_grad()
@@ -495,10 +529,11 @@ def set_schedules(run):
 
 # ----------------------------------------------------------------------------------------------------- records, evaluation
 
-def make_record(run, sums, steps, **more):
-    """The record of the last `steps` steps, over which `sums` was taken."""
+def make_record(run, sums, **more):
+    """The record of the steps that `sums` was taken over."""
     args = run.args
-    loss, positive, negative, skipped, seconds, waited = (sums / steps).tolist()
+    steps = sums[4].item()
+    loss, positive, negative, skipped, _, seconds, waited = (sums / steps).tolist()
     group = run.optimizers["optimizer"].param_groups[0]
     left = (args.epochs - run.epoch) * run.steps - run.step
     record = {"epoch": run.epoch, **more, "train_loss": loss, "train_lr": group["lr"], "train_wd": group["weight_decay"],
@@ -538,6 +573,8 @@ def export_backbone(run, path):
 def main(argv=None):
     args = parse_args(argv)
     device = utils.init_distributed(args.device, args.dist_url)
+    if args.amp == "auto":
+        args.amp = "bf16" if utils.select_amp("auto", device) else "none"  # a resume elsewhere must do the same
     folder = utils.make_output_dir(args.output_dir)
     checkpoint = folder / "checkpoint.pth"
     state = read_resume(args, checkpoint)
@@ -548,6 +585,7 @@ def main(argv=None):
     if not fresh:
         run.load_state_dict(state, checkpoint)
         del state  # as large as the run itself
+    run.check_ranks_agree()
     log = utils.RunLog(folder, (run.epoch, run.step), run.steps) if utils.rank() == 0 else None
     interruption = utils.Interruption()
     if log:
@@ -565,7 +603,7 @@ def main(argv=None):
     while run.epoch < args.epochs:
         train_epoch(run, log, save, interruption)
         run.check_finite()
-        record = make_record(run, run.sums, run.steps)
+        record = make_record(run, run.sums)
         if args.knn_every and ((run.epoch + 1) % args.knn_every == 0 or run.epoch + 1 == args.epochs):
             record |= evaluate(run)
         if log:
@@ -573,9 +611,9 @@ def main(argv=None):
         run.epoch, run.step = run.epoch + 1, 0
         run.sums.zero_()
         run.noted_sums.zero_()
-        save()
         if args.saveckp_freq and (run.epoch - 1) % args.saveckp_freq == 0:
             save(f"checkpoint{run.epoch - 1:04}.pth")
+        save()  # last: a run killed before resumes in front of all that
     if log:
         export_backbone(run, folder / "backbone.safetensors")
         print(f"done: {folder / 'backbone.safetensors'}", flush=True)

@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import signal
@@ -43,7 +44,7 @@ def run_script(main) -> None:
         main()
         _leave_process_group()
     except UserError as error:
-        if _fault_watch is None or _fault_watch.report(2):
+        if _fault_watch.report(2) if _fault_watch else _speaks():
             _fail(str(error))
         _end(2)
     except KeyboardInterrupt:  # before or after the loop that `Interruption` guards
@@ -57,9 +58,13 @@ def run_script(main) -> None:
         _end(1)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    return 2
+
+
+def _speaks() -> bool:
+    """Whether this process tells its error: of those of a host that stumble over the same flags, the first."""
+    return _joining or int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0
 
 
 def _end(code: int) -> None:
@@ -76,7 +81,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False)
 
     def error(self, message: str):
-        self.exit(_fail(f"{message}; see --help"))
+        raise UserError(f"{message}; see --help")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -86,8 +91,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 
 def positive_int(text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    if not 1 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"must lie between 1 and 2^31 - 1, got {text}")
     return value
 
 
@@ -172,12 +177,15 @@ def peak_memory(device: torch.device) -> int:
 def init_distributed(device: str = "auto", dist_url: str = "env://") -> torch.device:
     """Joins the process group if a launcher (torchrun, torch.distributed.launch, srun) started this process, and returns
     the device to use: gloo serves CPUs, nccl GPUs. UserError if the device is not there or the processes do not meet."""
-    global _fault_watch
+    global _fault_watch, _joining
+    _joining = True
     _read_slurm()
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return select_device(device)
     chosen = _device_of_rank(device)
+    if os.environ["RANK"] == "0":  # a job script that forgot srun would wait here
+        print(f"waiting for {world} processes at {os.environ.get('MASTER_ADDR', dist_url)}", file=sys.stderr, flush=True)
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", init_method=dist_url,
                                 rank=int(os.environ["RANK"]), world_size=world)
@@ -204,6 +212,16 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def same_over_ranks(*numbers: int) -> bool:
+    """Whether all ranks call this with the same numbers."""
+    low = torch.tensor(numbers)
+    high = low.clone()
+    if world_size() > 1:
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+    return torch.equal(low, high)
+
+
 def gather_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
     """All `count` items in order, on every rank; `rows` [n, ...] are items rank, rank + W, rank + 2W, ... on this one of W."""
     if world_size() == 1:
@@ -215,16 +233,22 @@ def gather_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
     return torch.stack(parts, 1).flatten(0, 1)[:count]
 
 
+def share(rows):
+    """This rank's part of what all ranks hold: items rank, rank + W, ... on W ranks, as `gather_rows` takes them."""
+    return rows[rank()::world_size()]
+
+
 def _read_slurm() -> None:
     """Names what srun says about this process as torch's launchers do. The variables of a launcher come first."""
     env = os.environ
-    if "RANK" in env or "SLURM_PROCID" not in env or int(env.get("SLURM_NTASKS", 1)) == 1:
+    tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))  # of the step, that is of srun; of the job
+    if "RANK" in env or "SLURM_PROCID" not in env or tasks == "1":
         return
     # The first host of a list like gpu[07-09,12],login1
     host = re.match(r"([^\[,]+)(?:\[(\w+))?", env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "localhost")))
     env.setdefault("MASTER_ADDR", host[1] + (host[2] or ""))
     env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))  # jobs on one host should differ
-    env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env.get("SLURM_LOCALID", "0"))
+    env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=tasks, LOCAL_RANK=env.get("SLURM_LOCALID", "0"))
 
 
 def _device_of_rank(name: str) -> torch.device:
@@ -245,8 +269,10 @@ def _device_of_rank(name: str) -> torch.device:
 class _FaultWatch(threading.Thread):
     """Ends this process when another rank has failed: it may be waiting in a collective for one that will never come.
 
-    Rank 0 hosts a store, apart from the process group's, which a rank that fails leaves word in and all others poll."""
-    POLL = 0.3  # seconds
+    Rank 0 hosts a store, apart from the process group's, which a rank that fails leaves word in and all others poll. Each counts its
+    polls there, so that rank 0 misses one that was killed."""
+    POLL = 0.3   # seconds
+    LOST = 100   # polls of rank 0 without one of another rank
 
     def __init__(self, host: str):
         super().__init__(daemon=True)
@@ -259,16 +285,26 @@ class _FaultWatch(threading.Thread):
         self.stopped = False
 
     def run(self):
+        polls, last = 0, [(b"", 0)] * world_size()  # of each rank: its latest count, and rank 0's when that was new
         while not self.stopped:
             time.sleep(self.POLL)
+            polls += 1
+            if self.stopped:
+                return
             try:
-                failed = self.store.check(["fault"])
-                code = int(self.store.get("fault")) if failed else 0
+                self.store.set(f"polls{rank()}", str(polls))
+                code = int(self.store.get("fault")) if self.store.check(["fault"]) else 0
+                for other in range(1, world_size()) if rank() == 0 else ():
+                    count = self.store.get(f"polls{other}") if self.store.check([f"polls{other}"]) else b""
+                    last[other] = last[other] if count == last[other][0] else (count, polls)
+                    if polls - last[other][1] > self.LOST and self.report(1):
+                        _fail(f"rank {other} no longer answers; it was killed, or its host is gone")
+                        _end(1)
             except RuntimeError:  # rank 0 is gone
-                failed, code = not self.stopped, 1
-                if failed and rank() == 1:
-                    print("error: rank 0 was killed", file=sys.stderr, flush=True)
-            if failed and not self.stopped:
+                code = 1
+                if not self.stopped and rank() == 1:
+                    _fail("rank 0 no longer answers; it was killed, or its host is gone")
+            if code and not self.stopped:
                 os._exit(code)
 
     def report(self, code: int) -> bool:
@@ -284,6 +320,7 @@ class _FaultWatch(threading.Thread):
 
 
 _fault_watch: _FaultWatch | None = None
+_joining = False  # the flags are read; what goes wrong from now on may concern this process alone
 
 
 def _leave_process_group() -> None:
@@ -345,13 +382,15 @@ def save_checkpoint(state: dict, path: Path) -> None:
 
 
 def load_checkpoint(path: Path, advice: str = "move it away or restore a copy") -> dict:
-    """A checkpoint's dict, on the CPU. Never runs code from the file (`weights_only`); UserError, which ends with the advice, if it
-    cannot be read."""
+    """A checkpoint's dict, on the CPU. Never runs code from the file (`weights_only`); UserError if it cannot be read, which ends
+    with the advice if the file holds what only code could build."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
     except Exception as error:  # torch.load raises half a dozen types for damaged files
+        code = isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower()
+        advice = advice if code else "move it away or restore a copy"
         raise UserError(f"cannot read checkpoint {path}: {_reason(error)}; {advice}") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} is no checkpoint: it holds a {type(state).__name__}, not a dict")
@@ -367,14 +406,14 @@ def check_same_run(saved: dict, args: dict, path: Path, free: tuple[str, ...] = 
                         "another --output_dir")
 
 
-def make_output_dir(path: Path) -> Path:
+def make_output_dir(path: Path, flag: str = "--output_dir") -> Path:
     """The folder, made if missing. UserError if it cannot be written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / ".writable").touch()
         (path / ".writable").unlink(missing_ok=True)  # another rank may have been faster
     except OSError as error:
-        raise UserError(f"cannot write to the output folder {path}: {_reason(error)}; choose another --output_dir") from error
+        raise UserError(f"cannot write to the output folder {path}: {_reason(error)}; choose another {flag}") from error
     return path
 
 
@@ -387,6 +426,12 @@ def _reason(error: Exception) -> str:
         error = error.__context__  # what torch.save wraps
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.strip().splitlines()[0][:200]
+
+
+def ignore_signals(worker: int) -> None:
+    """A loader's `worker_init_fn`: signals that stop a run reach its workers as well, without which it could not save."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Interruption:
@@ -513,8 +558,8 @@ TORCHVISION = {
     "eurosat": ("EuroSAT", {"train": [_ALL], "test": [_ALL]}),
     "svhn": ("SVHN", {"train": [_TRAIN], "test": [_TEST]}),
 }
-# Sets without an official split: images of each class to train on (a number, or a share); the others are the test set.
-_TRAIN_PER_CLASS = {"caltech101": 30, "eurosat": 0.8}
+# Sets without an official split: how many of a class's n images are to train on; the others are the test set.
+_TRAIN_PER_CLASS = {"caltech101": lambda n: 30, "eurosat": lambda n: (0.8 * n).round()}
 _UNDECODABLE = OSError, ValueError, SyntaxError, Image.DecompressionBombError
 
 
@@ -572,7 +617,7 @@ def build_dataset(name: str, path: Path | None, split: str, transform=None, down
 
     Args:
         name: one of DATASETS: "folder", or a set of torchvision. Or a source of timm.data.create_dataset, "hfds/NAME", "wds/NAME"
-            and so on, also with "timm/" before it: "timm/" alone is timm's reader of folders and tar files.
+            and so on, also with "timm/" before it: "timm/" alone is timm's reader of folders.
         path: torchvision's or timm's root, or the folder that holds `train/` and `test/` (or `val/`), each with a folder a class.
         split: "train" or "test"; for stl10 also "unlabeled". train includes an official validation set (flowers102, pets, aircraft,
             dtd). caltech101 and eurosat have no official split: by a fixed seed, 30 images of each class of caltech101 (its
@@ -626,48 +671,67 @@ def _torchvision_dataset(name: str, path: Path, split: str, download: bool) -> L
     classes = getattr(parts[0], "classes", None) or getattr(parts[0], "categories", None)
     if classes is None:  # svhn: digits
         classes = [str(label) for label in range(10)]
-    indices = _split_classes(_targets(source), _TRAIN_PER_CLASS[name], split) if name in _TRAIN_PER_CLASS else None
+    indices = None
+    if name in _TRAIN_PER_CLASS:
+        labels, generator = torch.tensor(_targets(source)), torch.Generator().manual_seed(0)
+        train, test = split_by_class(labels, _TRAIN_PER_CLASS[name], generator)
+        indices = (train if split == "train" else test).sort().values.tolist()
     return LabelledImages(source, list(classes), indices=indices)
 
 
-def _split_classes(targets: list[int], train: int | float, split: str) -> list[int]:
-    """Indices of a split of what has none: of each class, `train` images (or that share of them) drawn by a fixed seed."""
-    targets, chosen = torch.tensor(targets), []
-    for label in range(int(targets.max()) + 1):
-        members = torch.where(targets == label)[0]
-        members = members[torch.randperm(len(members), generator=torch.Generator().manual_seed(stream_seed(label)))]
-        count = train if isinstance(train, int) else round(train * len(members))
-        chosen += (members[:count] if split == "train" else members[count:]).tolist()
-    return sorted(chosen)
+def split_by_class(labels: torch.Tensor, take, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of a random choice out of every class, and of all others, both class by class.
+
+    labels: [N] in [0, C), on the CPU. take: from the classes' numbers of images [C], float64, to how many to choose, a number
+        or [C].
+    """
+    counts = labels.bincount()
+    order = torch.randperm(len(labels), generator=generator)
+    order = order[labels[order].argsort(stable=True)]
+    place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]     # within its class
+    chosen = place < torch.as_tensor(take(counts.double())).expand(len(counts))[labels[order]]
+    return order[chosen], order[~chosen]
 
 
 def _targets(source) -> list[int]:
     if isinstance(source, torch.utils.data.ConcatDataset):
         return [label for part in source.datasets for label in _targets(part)]
-    name = next(name for name in ("targets", "labels", "_labels", "y") if hasattr(source, name))
+    name = next((name for name in ("targets", "labels", "_labels", "y") if hasattr(source, name)), None)
+    if name is None:
+        raise UserError(f"{type(source).__name__} keeps no list of its labels; use a copy as class folders, --dataset folder")
     return [int(label) for label in getattr(source, name)]
 
 
 def _timm_dataset(name: str, path: Path | None, split: str, download: bool) -> LabelledImages | ImageStream:
     import timm.data  # slow to import, and only this needs it
     source = name.removeprefix("timm/")
-    if source.startswith(("hfds/", "hfids/")) and not download:
+    kind = source.partition("/")[0].lower()
+    if kind in ("hfds", "hfids") and not download:
         raise UserError(f"{source} comes over the network or from its library's cache; add --download to allow it")
-    error = None
-    for part in ("train",) if split == "train" else ("validation", "test"):  # sources name it either way
+    if kind not in ("hfds", "hfids", "tfds", "wds", "torch") or source.lower() in ("torch/folder", "torch/image_folder"):
+        path = _split_folder(path, split)  # timm's own search falls back on the whole of `path`
+    reason = "it has no labels"
+    for part in ("train",) if split == "train" else ("test", "validation"):  # sources name it either way
         try:
-            dataset = timm.data.create_dataset(source, root=path and str(path), split=part, download=download)
-            break
-        except Exception as problem:  # every source raises its own
-            error = error or problem
-    else:
-        raise UserError(f"timm cannot open {source}, {split}, in {path}: {_reason(error)}; check --dataset, --data_path") from error
+            dataset = timm.data.create_dataset(source, root=path and str(path), split=part, search_split=False, download=download)
+        except Exception as error:  # every source raises its own
+            reason = _reason(error)
+            continue
+        dataset = _from_timm(dataset)
+        if split == "train" or next(iter(dataset), (None, 0))[1] >= 0:  # some publish their test set with labels of -1
+            return dataset
+    raise UserError(f"timm cannot open {source}, {split}, in {path}: {reason}; check --dataset, --data_path")
+
+
+def _from_timm(dataset) -> LabelledImages | ImageStream:
+    from timm.data import ImageDataset
     if isinstance(dataset, torch.utils.data.IterableDataset):
         return ImageStream(dataset)
-    if isinstance(dataset, timm.data.ImageDataset):
+    if isinstance(dataset, ImageDataset):
         reader = _TimmImages(dataset.reader)
         return LabelledImages(reader, reader.classes)
-    return LabelledImages(dataset, getattr(dataset, "classes", None))
+    classes = getattr(dataset, "classes", None)  # of ImageNet, tuples of synonyms
+    return LabelledImages(dataset, classes and [name if isinstance(name, str) else ", ".join(name) for name in classes])
 
 
 class _TimmImages:
@@ -693,14 +757,21 @@ class _TimmImages:
         return getattr(self.reader, "targets", None) or [label for _, label in self.reader.samples]
 
 
-def _image_folder(path: Path, split: str):
+def _split_folder(path: Path | None, split: str) -> Path:
+    """The folder below `path` that holds a split's class folders."""
+    if path is None:
+        raise UserError("--data_path is missing; name a folder that holds train/ and test/ (or val/), or choose a --dataset")
     names = ("test", "val") if split == "test" else (split,)
     folders = [path / name for name in names if (path / name).is_dir()]
     if not folders:
         raise UserError(f"no folder {' or '.join(str(path / name) for name in names)}: --data_path must name a folder that "
                         "holds train/ and test/ (or val/), each with a folder of images per class")
     # ImageNet's test/ is without labels, its val/ is what everyone tests on.
-    folder = next((folder for folder in folders if any(entry.is_dir() for entry in folder.iterdir())), folders[0])
+    return next((folder for folder in folders if any(entry.is_dir() for entry in folder.iterdir())), folders[0])
+
+
+def _image_folder(path: Path | None, split: str):
+    folder = _split_folder(path, split)
     try:
         return datasets.ImageFolder(folder, loader=load_image)
     except FileNotFoundError as error:

@@ -32,7 +32,8 @@ def build_backbone(arch: str, patch_size: int = 16, image_size: int = 224, drop_
 
     Args:
         arch: a key of VIT_ARCHS, one of RESNET_ARCHS, or "timm/NAME" for any NAME of timm.list_models().
-        patch_size, image_size, drop_path_rate: see VisionTransformer; other backbones have no use for them.
+        patch_size, image_size, drop_path_rate: see VisionTransformer; other backbones have no use for them, but that timm's ViTs
+            learn position embeddings for image_size.
 
     Raises ValueError for an unknown arch, or a patch size that does not divide the image size.
     """
@@ -43,7 +44,10 @@ def build_backbone(arch: str, patch_size: int = 16, image_size: int = 224, drop_
         return ResNet(arch)
     library, _, name = arch.partition("/")
     if library == "timm" and timm.is_model(name):
-        backbone = timm.create_model(name, pretrained=False, num_classes=0)
+        try:
+            backbone = timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size, dynamic_img_size=True)
+        except TypeError:                                       # not a transformer of one input size
+            backbone = timm.create_model(name, pretrained=False, num_classes=0)
         backbone.embed_dim = backbone.head_hidden_size      # not num_features: MobileNetV3, for one, has a layer behind the pooling
         return backbone
     ours = [*VIT_ARCHS, *RESNET_ARCHS]

@@ -4,6 +4,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,14 +16,15 @@ from cifar import main as cifar_main
 POINTS = {"step": (torch.optim.AdamW, "step"),  # within an epoch
           "fsync": (os, "fsync"),               # a file is written aside, but not renamed yet
           "replace": (os, "replace")}           # it has just been renamed
+PATIENCE = 90                                   # seconds before a process that hangs is killed
 
 
 def run(arguments: list[str], folder: Path, point: str | None = None, count: int = 0, name: str = "KILL",
         script=cifar_main) -> SimpleNamespace:
     """The script with `arguments`, as its users start it: returncode (negative for a signal), stdout, stderr; output via `folder`.
 
-    point: a key of POINTS, at whose `count`-th call the process sends itself SIG`name`; or "disk": no file can grow beyond
-    `count` bytes.
+    point: a key of POINTS, at whose `count`-th call SIG`name` goes to the process and its loader's workers, as from a terminal or
+    a launcher; or "disk": no file can grow beyond `count` bytes.
     """
     return _wait(_start(arguments, folder, point, count, name, script, {}))
 
@@ -30,14 +32,15 @@ def run(arguments: list[str], folder: Path, point: str | None = None, count: int
 def run_ranks(arguments: list[str], folder: Path, script, world: int = 2, victim: int = 0, point: str | None = None, count: int = 0,
               name: str = "KILL", variables=("RANK", "WORLD_SIZE", "LOCAL_RANK")) -> list[SimpleNamespace]:
     """The script in `world` processes that meet as a launcher's do, by the environment `variables` for rank, number of ranks and
-    rank on this host; `point` concerns rank `victim`."""
+    rank on this host; `point` concerns rank `victim`. `arguments` may be a function of the rank."""
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     started = []
     for rank in range(world):
         place = folder / str(rank)
         place.mkdir(exist_ok=True)
         values = dict(zip(variables, (str(rank), str(world), str(rank))))
-        started.append(_start(arguments, place, point if rank == victim else None, count, name, script, meeting | values))
+        given = arguments(rank) if callable(arguments) else arguments
+        started.append(_start(given, place, point if rank == victim else None, count, name, script, meeting | values))
     return [_wait(process) for process in started]
 
 
@@ -57,13 +60,20 @@ def _start(arguments, folder, point, count, name, script, environment):
 
 def _wait(process):
     pid, files = process
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    deadline = time.monotonic() + PATIENCE
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if ended == (0, 0):
+        os.killpg(pid, signal.SIGKILL)
+        ended = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(ended[1])
     return SimpleNamespace(returncode=code, stdout=files[0].read_text(), stderr=files[1].read_text())
 
 
 def _become_script(arguments, files, point, count, name, script):
     code = 1
     try:
+        os.setsid()
         for descriptor, (file, stream) in enumerate(zip(files, ("stdout", "stderr")), 1):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
             setattr(sys, stream, open(descriptor, "w", buffering=1, closefd=False))
@@ -92,6 +102,6 @@ def _arm(point, count, name):
         calls += 1
         result = original(*args, **kwargs)
         if calls == count:
-            os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
+            os.killpg(0, getattr(signal, f"SIG{name}"))
         return result
     setattr(owner, attribute, counted)

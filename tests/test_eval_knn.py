@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tarfile
 
 import eval_knn
 import numpy as np
@@ -78,7 +79,7 @@ def test_a_run_against_plain_features_and_votes(checkpoint, images, tmp_path):
     argv = flags(checkpoint, images, "--nb_knn", 3, 10, 200, "--temperature", 0.05, 0.5, "--per_class")
     records = run(argv, tmp_path / "new" / "folder")
     backbone, description = load_backbone(checkpoint, "student")
-    transform = utils.eval_transform(*description[2:])
+    transform = utils.eval_transform(*description[2:5])
     rows, labels = {}, {}
     with torch.no_grad():
         for split in COUNTS:
@@ -93,6 +94,7 @@ def test_a_run_against_plain_features_and_votes(checkpoint, images, tmp_path):
         assert record["top1_per_class"] == pytest.approx({name: 100 * right[labels["val"] == label].double().mean().item()
                                                           for label, name in enumerate(("cat", "dog", "owl"))})
         assert (record["arch"], record["image_size"], record["train_images"], record["test_images"]) == ("cifar/small", 32, 21, 11)
+        assert record["checkpoint_key"] == "student"
     assert len(run(flags(checkpoint, images, "--nb_knn", 3, "--vote", "linear"), tmp_path / "new" / "folder")) == 7     # appended
 
 
@@ -105,7 +107,9 @@ def test_dumps_round_trip(checkpoint, images, tmp_path):
     assert "do not fit each other" in refused(["--load_features", tmp_path / "dumps"])
     (tmp_path / "dumps" / "testlabels.pth").unlink()
     assert "testlabels.pth" in refused(["--load_features", tmp_path / "dumps"])
-    assert "--data_path has no use" in refused(["--load_features", tmp_path / "dumps", "--data_path", images])
+    for flag in (["--data_path", images], ["--dataset", "cifar10"], ["--checkpoint_key", "student"], ["--amp", "bf16"]):
+        assert f"{flag[0]} cannot be used with --load_features" in refused(["--load_features", tmp_path / "dumps", *flag])
+    assert "choose another --dump_features" in refused([*flags("away.pth", images), "--dump_features", "/proc/nowhere"])
 
 
 def test_random_weights_are_explicit_and_seeded(images, tmp_path):
@@ -118,7 +122,7 @@ def test_random_weights_are_explicit_and_seeded(images, tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         record = run([*baseline, seed, "--dump_features", str(tmp_path / name)], tmp_path / "out")[-1]
         dumps[name] = torch.load(tmp_path / name / "testfeat.pth", weights_only=True)
-    assert record["weights"] == "random" and record["image_size"] == 32
+    assert record["weights"] == "random" and record["checkpoint_key"] is None and record["image_size"] == 32
     assert torch.equal(dumps["a"], dumps["b"]) and not torch.equal(dumps["a"], dumps["c"])
 
 
@@ -138,7 +142,7 @@ def test_few_shots(checkpoint, images, tmp_path):
         centroids = torch.stack([unit(bank[drawn[bank_labels[drawn] == label]]).mean(0) for label in range(3)])
         accuracies.append(100 * np.mean(((unit(queries) @ unit(centroids).T).argmax(1) == labels).numpy()))
     assert records[2]["top1"] == pytest.approx(np.mean(accuracies))
-    assert records[2]["top1_ci95"] == pytest.approx(1.96 * np.std(accuracies, ddof=1) / math.sqrt(8))
+    assert records[2]["top1_ci95"] == pytest.approx(2.364624 * np.std(accuracies, ddof=1) / math.sqrt(8))   # Student's t, 7 degrees
     assert "class 0" in refused(flags(checkpoint, images, "--shots", 7))
     assert run([*argv, "--episodes", "1"], tmp_path / "four")[0]["top1_ci95"] is None
 
@@ -221,12 +225,12 @@ def test_dino_format(tmp_path):
     path = dino_checkpoint(vit, tmp_path / "dino.pth")
     for key in ("teacher", "student"):
         backbone, description = load_backbone(path, key)
-        assert description == ("vit_tiny", 8, 48, eval_knn.IMAGENET_MEAN, eval_knn.IMAGENET_STD)
+        assert description == ("vit_tiny", 8, 48, eval_knn.IMAGENET_MEAN, eval_knn.IMAGENET_STD, key)
         assert torch.equal(features(backbone, 48), features(vit, 48))
         assert not backbone.training and not any(p.requires_grad for p in backbone.parameters())
     torch.save(vit.state_dict(), tmp_path / "backbone.pth")                  # its backbone-only releases
     backbone, description = load_backbone(tmp_path / "backbone.pth", arch="deit_tiny", patch_size=8)
-    assert description[:3] == ("vit_tiny", 8, 48) and torch.equal(features(backbone, 48), features(vit, 48))
+    assert description[:3] == ("vit_tiny", 8, 48) and description.checkpoint_key is None and torch.equal(features(backbone, 48), features(vit, 48))
 
 
 @pytest.mark.parametrize("arch, classifier", [("resnet18", "fc"), ("timm/resnet10t", "fc"),
@@ -292,7 +296,8 @@ def test_mistakes_about_weights(checkpoint, images, tmp_path):
     for path, arguments, words in [
             (tmp_path / "away.pth", {}, ["no checkpoint at", "away.pth"]),
             (tmp_path / "away.safetensors", {}, ["away.safetensors"]),
-            (tmp_path / "junk.pth", {}, ["junk.pth"]),
+            (tmp_path / "junk.pth", {}, ["junk.pth", "restore a copy"]),
+            (tmp_path, {}, ["a directory", "restore a copy"]),
             (tmp_path / "junk.safetensors", {}, ["junk.safetensors"]),
             (tmp_path / "none.pth", {}, ["no network's weights", "epoch", "optimizer"]),
             (checkpoint, {}, ["no network 'teacher'", "choose --checkpoint_key student"]),
@@ -318,7 +323,9 @@ def test_mistakes_about_weights(checkpoint, images, tmp_path):
 
 def test_mistakes_about_flags_and_data(checkpoint, images, tmp_path):
     assert "--data_path is missing" in refused(["--random_weights", "--arch", "cifar/small"])
-    assert "--temperature has no meaning" in refused(["--vote", "linear", "--temperature", "0.1", "--data_path", images])
+    assert "--download cannot be used with --dataset folder" in refused([*flags(checkpoint, images), "--download"])
+    assert "--checkpoint_key" in refused(["--random_weights", "--arch", "cifar/small", "--checkpoint_key", "student"])
+    assert "--temperature cannot be used with --vote linear" in refused(["--vote", "linear", "--temperature", "0.1", "--data_path", images])
     assert "--episodes needs --shots" in refused(["--episodes", "3", "--data_path", images])
     assert "no folder" in refused(flags(checkpoint, tmp_path))
     assert "cifar10" in refused(["--dataset", "cifar10", *flags(checkpoint, tmp_path)]) and not list(tmp_path.iterdir())
@@ -403,6 +410,47 @@ def test_folders_through_timm(images):
     ours = utils.build_dataset("folder", images, "test")
     assert test.targets == ours.targets and all(np.array_equal(*map(np.asarray, pair)) for pair in
                                                 zip((image for image, _ in test), (image for image, _ in ours)))
+
+
+@pytest.mark.parametrize("source", ["folder", "timm/", "torch/image_folder"])
+def test_folders_are_never_their_own_test_set(source, images, tmp_path):
+    (tmp_path / "train").symlink_to(images / "train")
+    with pytest.raises(utils.UserError, match="no folder"):                  # no test set: timm would test on train
+        utils.build_splits(source, tmp_path)
+    with pytest.raises(utils.UserError, match="no folder"):                  # class folders without splits
+        utils.build_splits(source, images / "train")
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(images / "train", "train")
+    with pytest.raises(utils.UserError, match="no folder"):
+        utils.build_splits(source, tmp_path / "images.tar")
+    with pytest.raises(utils.UserError, match="--data_path is missing"):
+        utils.build_splits(source, None)
+    (tmp_path / "test").symlink_to(images / "val")
+    train, test = utils.build_splits(source, tmp_path)
+    assert (len(train), len(test)) == (21, 11)
+
+
+@pytest.mark.parametrize("label, split", [(1, "test"), (-1, "validation")])
+def test_the_test_set_of_timm_unless_its_labels_are_secret(label, split, monkeypatch, tmp_path):
+    def create(name, split, **arguments):
+        source = Standin(None, None, split=split)
+        source.y = [label if split == "test" else 0]
+        source.classes = [("cat", "Felis catus"), ("dog",)]                  # as torchvision has them for ImageNet
+        return source
+    monkeypatch.setattr(timm.data, "create_dataset", create)
+    test = utils.build_dataset("torch/imagenet", tmp_path, "test")
+    assert test.source.split == {"split": split} and test.classes == ["cat, Felis catus", "dog"]
+
+
+def test_a_set_without_a_list_of_labels():
+    with pytest.raises(utils.UserError, match="keeps no list of its labels"):
+        utils.LabelledImages([(Image.new("L", (8, 8)), 0)], None).targets
+
+
+def test_features_that_are_not_finite(images):
+    dataset = utils.build_dataset("folder", images, "test", utils.eval_transform(32, (0.5,) * 3, (0.5,) * 3))
+    with pytest.raises(utils.UserError, match="features are not finite"):
+        eval_knn.extract_features(lambda batch: batch.flatten(1) / 0, dataset, torch.device("cpu"))
 
 
 def test_imagenet_with_a_test_folder_without_classes(images, tmp_path):

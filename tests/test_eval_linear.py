@@ -13,6 +13,7 @@ import utils
 from eval_linear import Candidate, EpochBatches, HeadGrid, measure
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
+from torchvision import transforms
 
 CPU = torch.device("cpu")
 WIDTH = 192  # of vit_tiny's tokens
@@ -169,10 +170,14 @@ def world_of_features(monkeypatch):
     return train, test
 
 
+def common(output):
+    return ["--random_weights", "--arch", "vit_tiny", "--image_size", "32", "--data_path", "unused", "--batch_size_per_gpu", "64",
+            "--device", "cpu", "--amp", "none", "--num_workers", "0", "--output_dir", str(output)]
+
+
 def flags(output, *more):
-    return ["--random_weights", "--arch", "vit_tiny", "--image_size", "32", "--data_path", "unused", "--n_last_blocks", "1",
-            "--cache_features", "--batch_size_per_gpu", "64", "--device", "cpu", "--amp", "none", "--num_workers", "0",
-            "--output_dir", str(output), *(() if "lbfgs" in more else ("--epochs", "4")), *more]
+    training = () if "lbfgs" in more else ("--cache_features", "--epochs", "4")
+    return [*common(output), "--n_last_blocks", "1", *training, *more]
 
 
 def script(arguments):
@@ -218,7 +223,8 @@ def test_a_run_leaves_what_it_promises(world_of_features, tmp_path, capsys):
     assert chosen["held_out_acc1"] == max(head["held_out_acc1"] for head in heads)
     assert records[-1]["test_acc1"] == chosen["test_acc1"]
     assert records[-1]["train_lr"] == pytest.approx(chosen["lr"] * 64 / 256 * 0.5 * (1 + math.cos(math.pi * 3 / 4)))
-    assert state["candidate"]["lr"] == chosen["lr"]
+    assert state["candidate"]["lr"] == chosen["lr"] == records[-1]["lr"]
+    assert state["candidate"]["n_last_blocks"] == chosen["n_last_blocks"] == records[-1]["n_last_blocks"]
     assert state["state_dict"]["linear.weight"].shape == (5, WIDTH * chosen["n_last_blocks"])
     assert "seconds" in capsys.readouterr().out
 
@@ -249,7 +255,7 @@ def test_the_choice_never_sees_test_labels(world_of_features, tmp_path, solver):
 
 @pytest.mark.parametrize("solver", ["sgd", "lbfgs"])
 def test_probes_of_cached_features_reach_scikit_learn(world_of_features, tmp_path, solver):
-    """Within half a point on 2000 test images, scikit-learn's regularisation being its default."""
+    """Within half a point on 2000 test images, scikit-learn's C being chosen on the same held-out images."""
     for rows, count, seed in zip(world_of_features, (1000, 2000), (1, 2)):
         rows.__init__(*clusters(count, 2 * WIDTH, 5, seed, 4.0))
     solve = ("--epochs", "30", "--lr", *map(str, (0.003, 0.01, 0.03))) if solver == "sgd" else ("--solver", "lbfgs")
@@ -257,7 +263,10 @@ def test_probes_of_cached_features_reach_scikit_learn(world_of_features, tmp_pat
     train, test = world_of_features
     x, x_test = train.features[:, WIDTH:], test.features[:, WIDTH:]
     x, x_test = ((rows - x.mean(0)) / x.std() for rows in (x, x_test))
-    reference = LogisticRegression(max_iter=1000).fit(x, train.labels).score(x_test, test.labels)
+    fit, held = eval_linear.hold_out(train.labels, seed=0)
+    models = [LogisticRegression(C=10.0 ** power, max_iter=1000) for power in range(-5, 2)]
+    best = max(models, key=lambda model: model.fit(x[fit], train.labels[fit]).score(x[held], train.labels[held]))
+    reference = (best if solver == "sgd" else best.fit(x, train.labels)).score(x_test, test.labels)     # lbfgs is fitted once more
     assert utils.read_records(tmp_path / "log.txt")[-1]["test_acc1"] >= 100 * reference - 0.5
 
 
@@ -315,21 +324,64 @@ def test_two_ranks_equal_one(world_of_features, tmp_path, solver):
 def test_evaluate_gives_the_accuracy_of_the_run(world_of_features, tmp_path, capsys):
     assert script(flags(tmp_path, *GRID)) is None
     state, records, _ = outcome(tmp_path)
-    capsys.readouterr()
-    command = [flag for flag in flags(tmp_path / "elsewhere") if flag not in ("--n_last_blocks", "1")]
+    command, results = common(tmp_path / "elsewhere"), tmp_path / "elsewhere" / "linear.txt"
     assert script([*command, "--evaluate", "--pretrained_linear", tmp_path / eval_linear.CHECKPOINT]) is None
-    names = ("test_loss", "test_acc1", "test_acc5")
-    expected = utils.format_record({name: records[-1][name] for name in names})
-    assert capsys.readouterr().out.strip() == expected
+    record = json.loads(results.read_text())
+    names = ("test_loss", "test_acc1", "test_acc5", "lr", "n_last_blocks")
+    assert [record[name] for name in names] == [records[-1][name] for name in names]
+    assert (record["weights"], record["arch"], record["head"]) == ("random", "vit_tiny", str(tmp_path / eval_linear.CHECKPOINT))
     dino = {f"module.{name}": value for name, value in state["state_dict"].items()}     # DINO's file knows nothing of the features
     torch.save({"state_dict": dino}, tmp_path / "dino.pth")
     blocks = state["candidate"]["n_last_blocks"]
     evaluation = ["--evaluate", "--pretrained_linear", tmp_path / "dino.pth", "--n_last_blocks"]
     assert script([*command, *evaluation, blocks]) is None
-    assert capsys.readouterr().out.strip() == expected
+    assert json.loads(results.read_text().splitlines()[1])["test_loss"] == records[-1]["test_loss"]
     assert "weights, but these features" in script([*command, *evaluation, 3 - blocks])
     evaluation[2] = tmp_path / eval_linear.CHECKPOINT
     assert "contradicts" in script([*command, *evaluation, 3])
+    assert "trained on another backbone" in script([*command, *evaluation[:2], tmp_path / eval_linear.CHECKPOINT, "--seed", "1"])
+
+
+def test_dinos_heads_see_class_and_mean_token_in_turn(world_of_features, tmp_path, monkeypatch):
+    """Features made as DINO makes them, and its head on them, against our order of the columns."""
+    _, test = world_of_features
+    cls, mean = test.features.split(WIDTH, 1)
+    head = torch.nn.Linear(2 * WIDTH, 5)
+    logits = head(torch.cat((cls.unsqueeze(-1), mean.unsqueeze(-1)), -1).reshape(len(cls), -1))
+    torch.save({"state_dict": {f"module.linear.{name}": value for name, value in head.state_dict().items()}}, tmp_path / "dino.pth")
+
+    monkeypatch.setattr(eval_linear, "fixed_features", lambda *args: (test.features, test.labels))
+    command = [*common(tmp_path), "--evaluate", "--pretrained_linear", tmp_path / "dino.pth", "--avgpool_patchtokens", "true"]
+    assert script([*command, "--n_last_blocks", 1]) is None
+    record = json.loads((tmp_path / "linear.txt").read_text())
+    assert record["test_loss"] == pytest.approx(F.cross_entropy(logits, test.labels).item(), rel=1e-5)
+    assert "give --n_last_blocks 1" in script([*command, "--n_last_blocks", 4])
+
+
+def test_labels_beyond_the_classes():
+    train, test = Rows(*clusters(10, 4, 5, 0)), Rows(*clusters(12, 4, 6, 0))
+    with pytest.raises(utils.UserError, match="run from 0 to 5, but there are 5 classes"):
+        eval_linear.count_labels(None, train, test)
+    train.classes = None
+    assert eval_linear.count_labels(None, train, test) == 6 and eval_linear.count_labels(9, train, test) == 9
+    test.targets[0] = -1                                                     # how some publish a secret label
+    with pytest.raises(utils.UserError, match="run from -1"):
+        eval_linear.count_labels(None, train, test)
+
+
+def test_the_time_left_is_that_of_the_whole_training(world_of_features, tmp_path, monkeypatch):
+    calls, original = [], utils.progress
+    monkeypatch.setattr(utils, "progress", lambda steps, *rest: calls.append(rest) or original(steps, *rest))
+    assert script(flags(tmp_path)) is None
+    assert calls == [(5 * epoch, 20, f"epoch {epoch + 1}/4") for epoch in range(4)]
+
+
+def test_the_weights_may_move(world_of_features, tmp_path):
+    torch.save(eval_linear.VisionTransformer(WIDTH, 3, image_size=32).state_dict(), tmp_path / "here.pth")
+    command = ["--pretrained_weights", tmp_path / "here.pth", *flags(tmp_path / "run", "--epochs", "1")[1:]]
+    assert script(command) is None
+    command[1] = (tmp_path / "here.pth").rename(tmp_path / "there.pth")
+    assert script(command) is None
 
 
 def test_the_mean_over_classes_decides_where_papers_use_it(world_of_features, tmp_path):
@@ -366,7 +418,7 @@ def images(tmp_path_factory):
 def on_images(images, output, *more):
     return ["--random_weights", "--arch", "resnet18", "--image_size", "32", "--data_path", images, "--batch_size_per_gpu", "8",
             "--device", "cpu", "--amp", "none", "--num_workers", "0", "--output_dir", output,
-            *(() if "lbfgs" in more else ("--epochs", "2")), *more]
+            *(() if {"lbfgs", "--evaluate"} & set(more) else ("--epochs", "2")), *more]
 
 
 def test_augmented_images_depend_on_seed_epoch_and_image_alone(images, tmp_path):
@@ -389,19 +441,26 @@ def test_two_ranks_see_the_same_augmented_images(images, tmp_path):
 @pytest.mark.parametrize("more", [("--cache_features", "--epochs", "10", "--lr", "1"), ("--solver", "lbfgs")])
 def test_probes_of_real_features(images, tmp_path, more):
     assert script(on_images(images, tmp_path, *more)) is None
-    assert outcome(tmp_path)[1][-1]["test_acc1"] >= 80                                   # dark against light
+    state, records, _ = outcome(tmp_path)
+    assert records[-1]["test_acc1"] >= 80                                                # dark against light
+    assert state["candidate"]["n_last_blocks"] is None and "n_last_blocks" not in records[-1]
+    command = on_images(images, tmp_path, "--evaluate", "--pretrained_linear", tmp_path / eval_linear.CHECKPOINT)
+    assert script(command) is None
+    assert json.loads((tmp_path / "linear.txt").read_text())["test_acc1"] == records[-1]["test_acc1"]
+    assert "--n_last_blocks only applies to vit_*" in script([*command, "--n_last_blocks", "1"])
 
 
 def test_augmentation_is_dinos():
-    """Random crops of at least 8 % and flips, at the size asked for, normalised."""
+    """Its four transforms, with torchvision's own defaults, at the size asked for."""
     description = eval_linear.Description("resnet18", None, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    image = Image.fromarray(np.arange(96, dtype=np.uint8)[None, :, None].repeat(64, 0).repeat(3, 2))
-    torch.manual_seed(0)
-    views = torch.stack([eval_linear.train_transform(description)(image) for _ in range(40)])
-    assert views.shape == (40, 3, 32, 32)
-    slopes = (views[:, 0, 16, -1] - views[:, 0, 16, 0]) * 0.25 * 255            # columns of the image from left to right
-    assert (slopes > 0).any() and (slopes < 0).any() and slopes.abs().min() < 30 and slopes.abs().max() > 70
-    assert (views * 0.25 + 0.5).min() >= 0 and (views * 0.25 + 0.5).max() <= 95 / 255 + 1e-6
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8))
+    dinos = transforms.Compose([transforms.RandomResizedCrop(32), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+                                transforms.Normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))])
+    for seed in range(5):
+        torch.manual_seed(seed)
+        view = eval_linear.train_transform(description)(image)
+        torch.manual_seed(seed)
+        assert torch.equal(view, dinos(image))
 
 
 def test_vit_features_are_dinos(images):
@@ -426,11 +485,13 @@ def test_vit_features_are_dinos(images):
     (["--shots", "17"], "16"),
     (["--shots", "2", "--fraction", "0.1"], "--shots and --fraction"),
     (["--fraction", "1.5"], "--fraction"),
-    (["--lr", "0"], "--lr must be above 0"),
+    (["--lr", "0"], "--lr: must be above 0"),
     (["--solver", "lbfgs", "--epochs", "5"], "--epochs cannot be used with --solver lbfgs"),
     (["--evaluate"], "--pretrained_linear"),
+    (["--evaluate", "--pretrained_linear", "head.pth", "--shots", "2", "--lr", "1"], "--lr and --shots cannot be used with --evaluate"),
     (["--pretrained_linear", "head.pth"], "--evaluate"),
     (["--evaluate", "--pretrained_linear", "nowhere.pth"], "no checkpoint at nowhere.pth"),
+    (["--download"], "--download cannot be used with --dataset folder"),
     (["--shots", "1", "--lr", "0.1", "0.2"], "one image per class"),
     (["--output_dir", "/proc/nowhere"], "cannot write to the output folder"),
 ])

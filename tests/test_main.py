@@ -95,11 +95,13 @@ def assert_same(state, other, path=""):
 
 def assert_same_run(output, other):
     """The same checkpoint and records, but for what clocks told."""
+    assert {p.name for p in output.iterdir()} == {p.name for p in other.iterdir()}
     states = [load(folder) for folder in (output, other)]
     for state in states:
-        state["args"].pop("output_dir")
+        for name in ("output_dir", "save_every"):
+            state["args"].pop(name)
         for name in ("sums", "noted_sums"):
-            state[name] = state[name][:4]
+            state[name] = state[name][:5]
     assert_same(*states)
     records = [[{k: v for k, v in record.items() if k not in TIMES} for record in utils.read_records(folder / "log.txt")]
                for folder in (output, other)]
@@ -144,32 +146,34 @@ def test_what_a_run_leaves_behind(uninterrupted):
 @pytest.mark.parametrize("points", [
     [("step", 2), ("fsync", 3), ("replace", 3)],  # in a step, inside a save, after one
     [("step", 5), ("fsync", 2), ("replace", 2)],
-    [("fsync", 6), ("fsync", 3), ("step", 1)],    # around an epoch's end
+    [("fsync", 6), ("fsync", 2), ("step", 1)],    # around an epoch's end
 ])
 def test_a_run_killed_anywhere_ends_with_the_same_bits(images, uninterrupted, tmp_path, points):
     arguments = flags(images, tmp_path / "run", *uninterrupted[2], "--save_every", "1")
     for point, count in points:
         result = interrupt.run(arguments, tmp_path, point, count, script=main)
-        assert result.returncode in (-signal.SIGKILL, 0), result.stderr
+        assert result.returncode == -signal.SIGKILL, result.stderr
     assert interrupt.run(arguments, tmp_path, script=main).returncode == 0
     assert_same_run(tmp_path / "run", uninterrupted[0])
 
 
-def test_sigterm_saves_and_leaves(images, uninterrupted, tmp_path):
-    arguments = flags(images, tmp_path / "run", *uninterrupted[2])                 # no --save_every: what is saved is the signal's
+@pytest.mark.parametrize("workers", ["0", "2"])  # the signal reaches the loader's workers too
+def test_sigterm_saves_and_leaves(images, uninterrupted, tmp_path, workers):
+    arguments = flags(images, tmp_path / "run", *uninterrupted[2], "--num_workers", workers)
     result = interrupt.run(arguments, tmp_path, "step", 4, "TERM", script=main)
-    assert result.returncode == 128 + signal.SIGTERM and "saved after step 2/3 of epoch 2" in result.stderr
+    assert result.returncode == 128 + signal.SIGTERM and "saved after step 2/3 of epoch 1" in result.stderr, result.stderr
     assert interrupt.run(arguments, tmp_path, script=main).returncode == 0
     assert_same(load(tmp_path / "run")["teacher"], load(uninterrupted[0])["teacher"])
 
 
 # ------------------------------------------------------------------------------------------------------- runs, two ranks
 
-def test_two_ranks_equal_one_at_the_same_global_batch(images, tmp_path):
-    """Three steps: the same images in the same views, and the objective over all of them, however they are spread."""
+@pytest.mark.parametrize("accumulated", ["1", "3"])
+def test_two_ranks_equal_one_at_the_same_global_batch(images, tmp_path, accumulated):
+    """Three steps, or one of three batches: the same images in the same views, and the objective over all ranks' images."""
     # SGD: Adam would blow up the rounding of gradients that are 0 by right, such as those of the keys' biases.
     arguments = ["--epochs", "1", "--drop_path_rate", "0", "--optimizer", "sgd", "--lr", "10", "--warmup_epochs", "0",
-                 "--freeze_last_layer", "0", "--weights_lr", "0.1"]
+                 "--freeze_last_layer", "0", "--weights_lr", "0.1", "--accum_iter", accumulated]
     alone = interrupt.run(flags(images, tmp_path / "one", "--batch_size_per_gpu", "4", *arguments), tmp_path, script=main)
     both = interrupt.run_ranks(flags(images, tmp_path / "two", "--batch_size_per_gpu", "2", *arguments), tmp_path, main)
     assert [result.returncode for result in (alone, *both)] == [0, 0, 0], both[0].stderr + both[1].stderr
@@ -179,6 +183,15 @@ def test_two_ranks_equal_one_at_the_same_global_batch(images, tmp_path):
         torch.testing.assert_close(one[part], two[part], rtol=1e-5, atol=1e-5)
     start = main.build_network(main.parse_args(flags(images, tmp_path)), 0.0)     # the comparison sees training at all
     assert all((one["student"][key] - value).abs().max() > 1e-4 for key, value in start.state_dict().items() if "norm1.bias" in key)
+
+
+def test_records_of_a_resume_count_their_own_steps(images, tmp_path):
+    arguments = flags(images, tmp_path / "run", "--batch_size_per_gpu", "4", "--save_every", "1", "--epochs", "1")
+    assert interrupt.run(arguments, tmp_path, "step", 3, script=main).returncode == -signal.SIGKILL     # noted at 2
+    main.main([*arguments, "--print_freq", "3"])
+    main.main([*arguments, "--print_freq", "1", "--output_dir", str(tmp_path / "every")])
+    mine, every = (utils.read_records(tmp_path / name / "log.txt") for name in ("run", "every"))
+    assert mine[-2]["step"] == every[2]["step"] == 3 and mine[-2]["train_loss"] == pytest.approx(every[2]["train_loss"], rel=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +218,7 @@ def test_sigterm_at_one_rank_saves_and_ends_all(images, two_ranks, tmp_path):
     arguments = flags(images, tmp_path / "run", *two_ranks[1][:2])
     results = interrupt.run_ranks(arguments, tmp_path, main, 2, 1, "step", 4, "TERM")
     assert [result.returncode for result in results] == [128 + signal.SIGTERM] * 2
-    assert "saved after step 2/3 of epoch 2" in results[0].stderr and not results[1].stderr
+    assert "saved after step 2/3 of epoch 1" in results[0].stderr and not results[1].stderr
     assert load(tmp_path / "run")["step"] == 2
 
 
@@ -232,7 +245,7 @@ def test_a_fault_of_a_rank_ends_all_with_one_message(images, tmp_path, monkeypat
     arguments = flags(data, tmp_path / "run", "--batch_size_per_gpu", "2")
     if fault == "bad file":
         (data / "train" / "a" / "4.png").write_text("no image")
-        message, code = f"error: cannot decode image {data}/train/a/4.png", 2
+        message, code = f"error: cannot decode image {data}/train/a/4.png: cannot identify", 2
     elif fault == "diverged":
         arguments += ["--lr", "1e9", "--warmup_epochs", "0", "--clip_grad", "0"]
         message, code = "training diverged", 2
@@ -243,10 +256,42 @@ def test_a_fault_of_a_rank_ends_all_with_one_message(images, tmp_path, monkeypat
     results = interrupt.run_ranks(arguments, tmp_path, main)
     assert time.monotonic() - started < 30
     assert [result.returncode for result in results] == [code, code], results[0].stderr + results[1].stderr
-    told = [result.stderr for result in results if result.stderr]
+    told = [text for result in results if (text := result.stderr.replace("waiting for 2 processes at localhost\n", ""))]
     assert len(told) == 1 and told[0].count("error: ") == 1 and message in told[0]
     assert ("Traceback" in told[0]) == (fault == "exception")
     assert load(tmp_path / "run")["epoch"] == 0                                    # the last good checkpoint
+
+
+def test_a_rank_that_no_longer_answers_ends_all(images, tmp_path, monkeypatch):
+    """As if killed under nccl: no socket tells of it."""
+    monkeypatch.setattr(utils._FaultWatch, "LOST", 6)
+    monkeypatch.setattr(interrupt, "PATIENCE", 30)
+    results = interrupt.run_ranks(flags(images, tmp_path / "run", "--batch_size_per_gpu", "2"), tmp_path, main, 2, 1, "step", 2, "STOP")
+    assert results[0].returncode == 1 and "error: rank 1 no longer answers" in results[0].stderr
+
+
+def test_ranks_with_different_checkpoints_do_not_start(images, two_ranks, tmp_path):
+    def arguments(rank):
+        return flags(images, tmp_path / f"run{rank}", *two_ranks[1])
+    shutil.copytree(two_ranks[0], tmp_path / "run0")                               # a folder that the second host does not share
+    results = interrupt.run_ranks(arguments, tmp_path, main)
+    assert [result.returncode for result in results] == [2, 2]
+    assert "the processes see different checkpoints or images" in results[0].stderr + results[1].stderr
+
+
+def test_ranks_share_the_running_statistics(images, tmp_path, monkeypatch):
+    original = main.update_teacher
+
+    def update(teacher, student, momentum):
+        torch.save(dict(student.named_buffers()), tmp_path / f"buffers{utils.rank()}.pth")
+        original(teacher, student, momentum)
+    monkeypatch.setattr(main, "update_teacher", update)
+    arguments = flags(images, tmp_path / "run", "--batch_size_per_gpu", "2", "--arch", "resnet18", "--epochs", "1", "--knn_every", "1",
+                      "--knn_data_path", str(images / "labelled"), without=["--patch_size"])
+    assert [result.returncode for result in interrupt.run_ranks(arguments, tmp_path, main)] == [0, 0]
+    buffers = [torch.load(tmp_path / f"buffers{rank}.pth") for rank in range(2)]
+    assert_same(*buffers)
+    assert not torch.equal(buffers[0]["backbone.bn1.running_mean"], torch.zeros(64))
 
 
 # ------------------------------------------------------------------------------------------------------------- launchers
@@ -282,7 +327,7 @@ def test_torchrun_restarts_and_the_run_resumes_by_itself(images, tmp_path):
                 "--rdzv-endpoint=localhost:0"]
     result = launch(launcher, script, flags(images, tmp_path / "run", "--batch_size_per_gpu", "2"))
     assert result.returncode == 0, result.stderr
-    assert "rank 1: once" in result.stderr and "epoch 1, step 0" in result.stdout
+    assert "rank 1: once" in result.stderr and "; epoch 1, step 0;" in result.stdout
     assert load(tmp_path / "run")["epoch"] == 2
 
 
@@ -299,6 +344,7 @@ def test_slurm_without_a_launcher(images, tmp_path):
     ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node-1,node-2", "MASTER_PORT": "5"},
      {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "node-1", "MASTER_PORT": "5"}),
     ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, {}),                                             # one task: no group
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, {}),               # one task of a larger job
     ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "RANK": "1", "WORLD_SIZE": "4"}, {"RANK": "1", "WORLD_SIZE": "4"}),  # torchrun in a job
 ])
 def test_what_slurm_says(monkeypatch, given, expected):
@@ -337,6 +383,15 @@ def test_an_unknown_arch(images, tmp_path):
     assert "unknown arch 'vit_smal': did you mean vit_small" in run_here(arguments)
 
 
+def test_a_model_of_timm_takes_crops_of_two_sizes_or_says_so(images, tmp_path):
+    arguments = flags(images, tmp_path, "--batch_size_per_gpu", "4", "--arch", "timm/vit_tiny_patch16_224", "--global_crops_size", "32",
+                      "--local_crops_size", "16", without=["--patch_size"])
+    run = main.Run(main.parse_args(arguments), torch.device("cpu"))
+    assert run.student(run.augment(first_parts(run)[0][0])).shape == (4, 4, 32)
+    arguments[arguments.index("timm/vit_tiny_patch16_224")] = "timm/mixer_s32_224"
+    assert "cannot take crops of" in run_here(arguments)
+
+
 def test_a_folder_of_splits_is_not_a_training_set(images, tmp_path):
     assert "give the images to train on" in run_here(flags(images, tmp_path, "--data_path", str(images / "labelled")))
 
@@ -356,9 +411,10 @@ def test_a_flat_folder_and_images_that_cannot_be_decoded(images, tmp_path):
     data = shutil.copytree(images / "flat", tmp_path / "flat")
     (data / "3.png").write_text("no image")
     arguments = flags(images, tmp_path / "run", "--data_path", str(data), "--batch_size_per_gpu", "4", "--num_workers", "2")
-    assert run_here(arguments) == f"cannot decode image {data}/3.png: cannot identify image file '{data}/3.png'; replace or remove it"
-    main.main([*arguments, "--skip_bad_images", "--output_dir", str(tmp_path / "other"), "--epochs", "1"])
-    assert [r["skipped"] for r in utils.read_records(tmp_path / "other" / "log.txt") if "step" not in r] == [1]
+    assert run_here(arguments) == (f"cannot decode image {data}/3.png: cannot identify image file '{data}/3.png'; replace it by an image "
+                                   "of the same name, or add --skip_bad_images")
+    main.main([*arguments, "--skip_bad_images"])                                   # it goes on
+    assert [r["skipped"] for r in utils.read_records(tmp_path / "run" / "log.txt") if "step" not in r] == [1, 1]
 
 
 # ------------------------------------------------------------------------------------------------------------- its parts
@@ -504,6 +560,9 @@ def test_every_optimizer_and_precision_learns(images, tmp_path, optimizer, amp):
     parts = first_parts(run)
     main.set_schedules(run)
     run.momentum = 1.0                                                             # a teacher that stands still
+    with run.autocast():
+        assert run.network(run.augment(parts[0][0])).dtype == {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    assert run.scaler.is_enabled() == (amp == "fp16")
     losses = [main.train_step(run, parts, stop=False)[0].item() for _ in range(8)]
     assert losses[-1] < losses[0] - 0.01
     assert 0 < abs(run.criterion.alpha.item() - 1) < 0.1
@@ -514,6 +573,7 @@ def test_activation_checkpointing_changes_no_weight(images, tmp_path):
     for more in ([], ["--grad_checkpointing"]):
         run = make_run(images, tmp_path, "--drop_path_rate", "0", *more)
         main.set_schedules(run)
+        assert run.student.backbone.grad_checkpointing == bool(more)
         main.train_step(run, first_parts(run), stop=False)
         states.append(run.student.state_dict())
     torch.testing.assert_close(*states)

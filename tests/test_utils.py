@@ -77,6 +77,26 @@ def test_checkpoints_round_trip_and_refuse_code(tmp_path):
         utils.load_checkpoint(tmp_path / "none.pth")
 
 
+def test_advice_about_code_is_not_given_for_damaged_files(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    for content in (b"", b"junk", b"<html>"):
+        path.write_bytes(content)
+        with pytest.raises(utils.UserError, match="restore a copy"):
+            utils.load_checkpoint(path, "trust it")
+    torch.save({"path": tmp_path}, path)
+    with pytest.raises(utils.UserError, match="trust it"):
+        utils.load_checkpoint(path, "trust it")
+
+
+def test_a_random_choice_out_of_every_class():
+    labels = torch.tensor([2, 0, 0, 2, 2, 0, 2])                                 # class 1 has no images
+    chosen, others = utils.split_by_class(labels, lambda n: (0.5 * n).round(), torch.Generator().manual_seed(0))
+    assert labels[chosen].tolist() == [0, 0, 2, 2] and sorted(chosen.tolist() + others.tolist()) == list(range(7))
+    choices = {tuple(sorted(utils.split_by_class(labels, lambda n: 1, torch.Generator().manual_seed(seed))[0].tolist()))
+               for seed in range(200)}
+    assert len(choices) == 3 * 4                                                 # every pair is possible
+
+
 def test_the_log_drops_what_a_killed_run_had_not_saved(tmp_path):
     log = utils.RunLog(tmp_path, (0, 0), csv_name="table.csv")
     for epoch in range(3):
