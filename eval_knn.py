@@ -389,7 +389,8 @@ def _build(known, path, arch, patch_size, image_size):
     arch = DINO_NAMES.get(arch, arch)
     given = {"arch": arch, "patch_size": patch_size, "image_size": image_size}
     if arch is not None and arch not in VIT_ARCHS and "arch" not in known:
-        known = {"checkpoint_key": known.get("checkpoint_key")}            # shapes of weights tell of our ViTs alone
+        known = {"checkpoint_key": known.get("checkpoint_key")}             # shapes of weights tell of our ViTs alone
+    told_size = known.get("image_size")
     for name, value in given.items():
         if value is not None and known.get(name, value) != value:
             raise utils.UserError(f"--{name} {value} contradicts {path}, whose {name} is {known[name]}; leave --{name} out")
@@ -409,8 +410,11 @@ def _build(known, path, arch, patch_size, image_size):
             backbone = build_small(name)
             usual = {"image_size": 32}
         else:
-            backbone = build_backbone(arch, known.get("patch_size") or 16, known.get("image_size", 224))
-            usual = _timm_input(backbone, image_size) if arch.startswith("timm/") else {}
+            usual = _timm_input(arch) if arch.startswith("timm/") else {}
+            size = told_size or usual.get("image_size") or image_size or 224               # of its position embeddings
+            backbone = build_backbone(arch, known.get("patch_size") or 16, size)
+            if usual and image_size:
+                _try_size(backbone, image_size, size)
     except ValueError as error:
         raise utils.UserError(str(error)) from error
     values = {"patch_size": None, "image_size": 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "checkpoint_key": None,
@@ -418,17 +422,20 @@ def _build(known, path, arch, patch_size, image_size):
     return Description(**{name: values[name] for name in Description._fields}), backbone
 
 
-def _timm_input(backbone, image_size):
-    """What timm trained the model on. ValueError if it takes no images of `image_size`."""
-    from timm.data import resolve_model_data_config
-    config = resolve_model_data_config(backbone)
-    usual = config["input_size"][-1]
+def _timm_input(arch):
+    """What timm trained a model of its own on; nothing for one it does not know."""
+    import timm
+    config = timm.get_pretrained_cfg(arch.removeprefix("timm/"))
+    if config is None:
+        return {}
+    return {"image_size": config.input_size[-1], "mean": config.mean, "std": config.std}
+
+
+def _try_size(backbone, image_size, usual):
     try:
-        if image_size is not None:
-            backbone.eval()(torch.zeros(1, 3, image_size, image_size))
+        backbone.eval()(torch.zeros(1, 3, image_size, image_size))
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"this model of timm takes images of {usual} pixels, not {image_size}; leave --image_size out") from error
-    return {"image_size": usual, "mean": config["mean"], "std": config["std"]}
 
 
 def _load_strictly(backbone, weights, path):

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -187,8 +188,9 @@ def init_distributed(device: str = "auto", dist_url: str = "env://") -> torch.de
     if os.environ["RANK"] == "0":  # a job script that forgot srun would wait here
         print(f"waiting for {world} processes at {os.environ.get('MASTER_ADDR', dist_url)}", file=sys.stderr, flush=True)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", init_method=dist_url,
-                                rank=int(os.environ["RANK"]), world_size=world)
+        own_rank = int(os.environ["RANK"])
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", store=_meet(dist_url, own_rank, world),
+                                rank=own_rank, world_size=world)
     except (ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{world} processes were started but do not meet at --dist_url {dist_url}: {_reason(error)}") from error
     host = urlparse(dist_url).hostname or os.environ.get("MASTER_ADDR", "localhost")
@@ -251,6 +253,27 @@ def _read_slurm() -> None:
     env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=tasks, LOCAL_RANK=env.get("SLURM_LOCALID", "0"))
 
 
+def _meet(url: str, own_rank: int, world: int) -> dist.Store:
+    """The store that the process group is set up by, cleared of what an earlier attempt left there: torchrun keeps one store over
+    restarts, where a fast rank could find the former address of a slow one. So each process names itself anew, and rank 0 answers
+    with a prefix until all have it."""
+    store = next(dist.rendezvous(url, own_rank, world, timeout=MEETING))[0]
+    name, deadline = uuid.uuid4().hex, time.monotonic() + MEETING.total_seconds()
+    if own_rank > 0:
+        store.set(f"name/{own_rank}", name)
+        prefix = store.get(f"answer/{name}").decode()
+        store.add(f"met/{prefix}", 1)
+        return dist.PrefixStore(prefix, store)
+    while store.add(f"met/{name}", 0) < world - 1:
+        for other in range(1, world):
+            if store.check([f"name/{other}"]):
+                store.set(f"answer/{store.get(f'name/{other}').decode()}", name)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"not all of them came within {MEETING}")
+        time.sleep(0.05)
+    return dist.PrefixStore(name, store)
+
+
 def _device_of_rank(name: str) -> torch.device:
     local, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if ":" in name or name == "mps":
@@ -264,6 +287,9 @@ def _device_of_rank(name: str) -> torch.device:
     device = torch.device("cuda", local % torch.cuda.device_count())  # Slurm may show each process its own GPU alone, as 0
     torch.cuda.set_device(device)
     return device
+
+
+MEETING = timedelta(minutes=30)  # that processes wait for one another at the start
 
 
 class _FaultWatch(threading.Thread):

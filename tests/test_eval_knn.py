@@ -230,7 +230,8 @@ def test_dino_format(tmp_path):
         assert not backbone.training and not any(p.requires_grad for p in backbone.parameters())
     torch.save(vit.state_dict(), tmp_path / "backbone.pth")                  # its backbone-only releases
     backbone, description = load_backbone(tmp_path / "backbone.pth", arch="deit_tiny", patch_size=8)
-    assert description[:3] == ("vit_tiny", 8, 48) and description.checkpoint_key is None and torch.equal(features(backbone, 48), features(vit, 48))
+    assert description[:3] == ("vit_tiny", 8, 48) and description.checkpoint_key is None
+    assert torch.equal(features(backbone, 48), features(vit, 48))
 
 
 @pytest.mark.parametrize("arch, classifier", [("resnet18", "fc"), ("timm/resnet10t", "fc"),
@@ -252,8 +253,15 @@ def test_weights_of_torchvision_and_timm(arch, classifier, suffix, tmp_path, cap
 def test_timm_models_keep_their_own_normalisation(tmp_path):
     torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "weights.pth")
     assert load_backbone(tmp_path / "weights.pth", arch="timm/vit_tiny_patch16_224")[1].mean == (0.5, 0.5, 0.5)
-    with pytest.raises(utils.UserError, match="takes images of 224 pixels, not 96"):
-        load_backbone(tmp_path / "weights.pth", arch="timm/vit_tiny_patch16_224", image_size=96)
+    backbone, description = load_backbone(tmp_path / "weights.pth", arch="timm/vit_tiny_patch16_224", image_size=96)
+    assert description.image_size == 96 and features(backbone, 96).shape == (2, 192)
+    with pytest.raises(utils.UserError, match="takes images of 224 pixels, not 100"):
+        load_backbone(tmp_path / "weights.pth", arch="timm/vit_tiny_patch16_224", image_size=100)
+
+
+def test_timm_models_are_built_for_the_size_they_were_trained_on():
+    backbone, description = load_backbone(None, arch="timm/vit_tiny_patch16_384", random_weights=True)
+    assert description.image_size == 384 and backbone.pos_embed.shape[1] == 1 + 24 * 24
 
 
 class Malicious:
@@ -325,7 +333,7 @@ def test_mistakes_about_flags_and_data(checkpoint, images, tmp_path):
     assert "--data_path is missing" in refused(["--random_weights", "--arch", "cifar/small"])
     assert "--download cannot be used with --dataset folder" in refused([*flags(checkpoint, images), "--download"])
     assert "--checkpoint_key" in refused(["--random_weights", "--arch", "cifar/small", "--checkpoint_key", "student"])
-    assert "--temperature cannot be used with --vote linear" in refused(["--vote", "linear", "--temperature", "0.1", "--data_path", images])
+    assert "--temperature cannot be used with --vote linear" in refused(["--vote", "linear", "--temperature", "0.1"])
     assert "--episodes needs --shots" in refused(["--episodes", "3", "--data_path", images])
     assert "no folder" in refused(flags(checkpoint, tmp_path))
     assert "cifar10" in refused(["--dataset", "cifar10", *flags(checkpoint, tmp_path)]) and not list(tmp_path.iterdir())
