@@ -253,10 +253,11 @@ def test_the_choice_never_sees_test_labels(world_of_features, tmp_path, solver):
     assert [head["test_acc1"] for head in heads] != [head["test_acc1"] for head in other_heads]
 
 
-@pytest.mark.parametrize("solver, points", [("sgd", 2.0), ("lbfgs", 0.5)])                    # SGD has no weight decay
+@pytest.mark.parametrize("solver, points", [("sgd", 0.5), ("lbfgs", 0.5)])
 def test_probes_of_cached_features_reach_scikit_learn(world_of_features, tmp_path, solver, points):
-    """On 2000 test images, scikit-learn's C being chosen on the same held-out images."""
-    for rows, count, seed in zip(world_of_features, (2000, 2000), (1, 2)):
+    """On 2000 test images, scikit-learn's C being chosen on the same held-out images. SGD is without regularisation: enough images
+    to train on make up for it."""
+    for rows, count, seed in zip(world_of_features, (8000, 2000), (1, 2)):
         rows.__init__(*clusters(count, 2 * WIDTH, 5, seed, 4.0))
     solve = ("--epochs", "30", "--lr", "0.003", "0.01", "0.03", "0.1") if solver == "sgd" else ("--solver", "lbfgs")
     assert script(flags(tmp_path, *solve)) is None
