@@ -1,9 +1,9 @@
-"""Pretrains a ViT or ResNet with AUC-CL on multi-crop views: a student, a teacher that is its moving average, any number of processes.
+"""Pretrains a ViT or ResNet with AUC-CL on multi-crop views: a student and its moving average, any number of processes.
 
     python -m torch.distributed.launch --nproc_per_node=8 main.py --arch vit_small --data_path DIR --output_dir OUT
     torchrun --nproc_per_node=8 main.py --arch resnet50 --data_path DIR --output_dir OUT   # srun and plain python work too
-    python main.py --teacher none --data_path DIR --output_dir OUT                         # Algorithm 1 of the paper: one network, two views
-    python main.py --preset released-imagenet ...                                          # what the authors' released code optimises
+    python main.py --teacher none --data_path DIR --output_dir OUT    # Algorithm 1 of the paper: one network, two views
+    python main.py --preset released-imagenet ...                     # what the authors' released code optimises
 
 DIR holds images, in class folders or not. The same command again resumes. Into OUT go checkpoint.pth, log.txt (JSON records, the
 same as on the screen and in TensorBoard) and, at the end, backbone.safetensors, which timm loads.
@@ -48,7 +48,7 @@ FREE_ON_RESUME = ("output_dir", "data_path", "device", "dist_url", "local_rank",
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__doc__)
     add = parser.add_argument_group("network").add_argument
-    add("--arch", default="vit_small", help=f"{', '.join(VIT_ARCHS)}, a ResNet of torchvision, or timm/NAME for any other model of timm")
+    add("--arch", default="vit_small", help=f"{', '.join(VIT_ARCHS)}, a ResNet of torchvision, or timm/NAME for any of timm's")
     add("--patch_size", type=utils.positive_int, help="pixels a side of a ViT's patches (default: 16)")
     add("--drop_path_rate", type=utils.non_negative_float, help="stochastic depth of a ViT student (default: 0.1)")
     add("--out_dim", type=utils.positive_int, help=_by_preset("width of the head's output", "out_dim"))
@@ -70,19 +70,19 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--optimizer", choices=("adamw", "sgd", "lars"), default="adamw", help="of the network; sgd and lars with momentum 0.9")
-    add("--lr", type=utils.positive_float, default=5e-4, help="peak learning rate for a batch of 256 images, scaled to the batch of a step")
+    add("--lr", type=utils.positive_float, default=5e-4, help="peak learning rate for a batch of 256 images, scaled to a step's")
     add("--min_lr", type=utils.non_negative_float, default=1e-6, help="at the end of the cosine")
     add("--warmup_epochs", type=utils.non_negative_float, default=10.0, help="of linear warm-up")
     add("--weight_decay", type=utils.non_negative_float, default=0.04, help="at the start; none on biases, norms, a, b, alpha")
     add("--weight_decay_end", type=utils.non_negative_float, default=0.4, help="at the end of its cosine")
-    add("--clip_grad", type=utils.non_negative_float, default=3.0, help="largest gradient norm of each parameter by itself, 0: no clipping")
+    add("--clip_grad", type=utils.non_negative_float, default=3.0, help="largest gradient norm of each parameter by itself; 0: none")
     add("--freeze_last_layer", type=utils.non_negative_int, default=1, help="epochs at the start with the head's last layer held")
     add("--batch_size_per_gpu", type=utils.positive_int, default=64, help="images a process and batch")
     add("--accum_iter", type=utils.positive_int, default=1, help="batches whose gradients make one step")
     add("--epochs", type=utils.positive_int, default=100, help="passes over the data")
     add("--amp", choices=("auto", "bf16", "fp16", "none"), help="autocast (default: auto, bf16 where the hardware has it)")
     add("--use_fp16", type=utils.boolean, help="true: --amp fp16, false: --amp none")
-    add("--grad_checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, a third more time")
+    add("--grad_checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, more time")
     add("--compile", action="store_true", help="compile the student: minutes at the start, then faster steps")
     add("--seed", type=utils.non_negative_int, default=0, help="of weights, order, augmentation and stochastic depth")
 
@@ -98,7 +98,8 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("data and output").add_argument
     add("--data_path", type=Path, required=True, help="folder of the training images; with --dataset, the data set's root")
-    add("--dataset", type=utils.dataset_name, help=f"a set instead of a folder: {', '.join(utils.DATASETS[:3])}, ... or a source of timm that is read by index (hfds/NAME)")
+    add("--dataset", type=utils.dataset_name, help="a set instead of a folder: cifar10, stl10, ... or a source of timm "
+        "that is read by index, such as hfds/NAME")
     add("--download", action="store_true", help="fetch --dataset if it is not in --data_path")
     add("--skip_bad_images", action="store_true", help="take the next image for one that cannot be decoded, and count them")
     add("--num_workers", type=utils.non_negative_int, default=10, help="processes that decode and crop, for each training process")
@@ -259,10 +260,12 @@ class Run:
         self.augment = _checked(MultiCropAugmentation, args.erasing, args.blur_sigma)
         self.labelled = load_labelled(args)
 
-        set_fused_attn(device.type != "cpu")  # torch's fused attention takes 2 to 8 times as long backwards on a CPU as timm's plain one
+        set_fused_attn(device.type != "cpu")  # on a CPU, torch's is up to 8 times as slow backwards as timm's plain one
         torch.manual_seed(args.seed)  # the same weights on all ranks
         self.student = build_network(args, args.drop_path_rate or 0.0).to(device, memory_format=torch.channels_last)
-        self.teacher = make_teacher(args, self.student).to(device, memory_format=torch.channels_last) if args.teacher == "ema" else None
+        self.teacher = None
+        if args.teacher == "ema":
+            self.teacher = make_teacher(args, self.student).to(device, memory_format=torch.channels_last)
         if args.grad_checkpointing:
             self.student.backbone.set_grad_checkpointing(True)
         if utils.world_size() > 1 and device.type == "cuda":  # torch has none for CPUs
@@ -275,7 +278,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
 
         self.epoch = self.step = 0  # the next to run; step counts within the epoch
-        # Over the epoch so far: loss, positive and negative mean score, skipped images, steps, seconds, and those of waiting for data
+        # Over the epoch so far: loss, positive and negative mean score, skipped images, steps, seconds, those of waiting for data
         self.sums = torch.zeros(7, dtype=torch.float64)
         self.noted_sums = self.sums.clone()  # at the last record
 
@@ -387,17 +390,6 @@ def build_optimizers(args, student, criterion):
     if groups := criterion.param_groups(args.weights_lr or 0.0, adaptive=True):
         optimizers["weights_optimizer"] = torch.optim.Adam(groups)
     return optimizers
-
-
-def read_resume(args, path):
-    """The checkpoint at `path`, None if there is none. UserError if it is no checkpoint of a run with the same flags."""
-    if not path.exists():
-        return None
-    state = utils.load_checkpoint(path)
-    if not isinstance(state.get("args"), dict):
-        raise utils.UserError(f"{path} is no checkpoint of this script: it lacks its flags; move it away")
-    utils.check_same_run(state["args"], utils.plain(args), path, FREE_ON_RESUME)
-    return state
 
 
 # ---------------------------------------------------------------------------------------------------------------- training
@@ -577,9 +569,7 @@ def main(argv=None):
         args.amp = "bf16" if utils.select_amp("auto", device) else "none"  # a resume elsewhere must do the same
     folder = utils.make_output_dir(args.output_dir)
     checkpoint = folder / "checkpoint.pth"
-    state = read_resume(args, checkpoint)
-    if state is None and utils.read_records(folder / "log.txt"):
-        raise utils.UserError(f"{folder / 'log.txt'} belongs to a run whose checkpoint is gone; move it away or choose another --output_dir")
+    state = utils.read_resume(args, folder, FREE_ON_RESUME)
     run = Run(args, device)
     fresh = state is None
     if not fresh:

@@ -7,7 +7,6 @@ import math
 import os
 import pickle
 import re
-import resource
 import signal
 import sys
 import threading
@@ -136,9 +135,12 @@ def plain(args: argparse.Namespace) -> dict:
 
 # -------------------------------------------------------------------------------------------------- processes and device
 
+MEETING = timedelta(minutes=30)  # that processes wait for one another at the start
+
+
 def add_process_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; several processes take a GPU each")
-    parser.add_argument("--dist_url", default="env://", help="where the processes of a launcher meet: env://, tcp://HOST:PORT, file://PATH")
+    parser.add_argument("--dist_url", default="env://", help="where processes meet: env://, tcp://HOST:PORT, file://PATH")
     # Older launchers pass it; LOCAL_RANK, which all of them set, is what counts.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
@@ -172,7 +174,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes that tensors took at most on a GPU, or this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    import resource  # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def init_distributed(device: str = "auto", dist_url: str = "env://") -> torch.device:
@@ -287,9 +290,6 @@ def _device_of_rank(name: str) -> torch.device:
     device = torch.device("cuda", local % torch.cuda.device_count())  # Slurm may show each process its own GPU alone, as 0
     torch.cuda.set_device(device)
     return device
-
-
-MEETING = timedelta(minutes=30)  # that processes wait for one another at the start
 
 
 class _FaultWatch(threading.Thread):
@@ -430,6 +430,22 @@ def check_same_run(saved: dict, args: dict, path: Path, free: tuple[str, ...] = 
     if differing:
         raise UserError(f"{path} belongs to another run: {'; '.join(differing)}. Resume with the same flags, or choose "
                         "another --output_dir")
+
+
+def read_resume(args: argparse.Namespace, folder: Path, free: tuple[str, ...]) -> dict | None:
+    """The checkpoint.pth of a run in `folder`, None if there is none. UserError if it is no checkpoint of a run with the same
+    flags, those in `free` aside, or if only the log of a run is left."""
+    path = folder / "checkpoint.pth"
+    if not path.exists():
+        if read_records(folder / "log.txt"):
+            raise UserError(f"{folder / 'log.txt'} belongs to a run whose checkpoint is gone; move it away or choose another "
+                            "--output_dir")
+        return None
+    state = load_checkpoint(path)
+    if not isinstance(state.get("args"), dict):
+        raise UserError(f"{path} is no checkpoint of this script: it lacks its flags; move it away")
+    check_same_run(state["args"], plain(args), path, free)
+    return state
 
 
 def make_output_dir(path: Path, flag: str = "--output_dir") -> Path:

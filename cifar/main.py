@@ -168,18 +168,6 @@ class Run:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
 
-def read_resume(args, path):
-    """The checkpoint at `path`, None if there is none. UserError if it is no checkpoint of a run with the same flags."""
-    if not path.exists():
-        return None
-    state = utils.load_checkpoint(path)
-    if not isinstance(state.get("args"), dict):
-        raise utils.UserError(f"{path} is no checkpoint of this script: it lacks its flags; move it away")
-    free = FREE_ON_RESUME + (("epochs",) if args.schedule == "constant" else ())
-    utils.check_same_run(state["args"], utils.plain(args), path, free)
-    return state
-
-
 def build_criterion(args):
     """The objective that the flags describe. UserError for values that it refuses."""
     given = {name: getattr(args, name) for name in PAPER_ONLY if getattr(args, name) is not None}
@@ -266,10 +254,8 @@ def main(argv=None):
     args = parse_args(argv)
     folder = utils.make_output_dir(args.output_dir)
     checkpoint = folder / "checkpoint.pth"
-    state = read_resume(args, checkpoint)
-    if state is None and utils.read_records(folder / "log.txt"):
-        raise utils.UserError(f"{folder / 'log.txt'} belongs to a run whose checkpoint is gone; move it away or choose another "
-                              "--output_dir")
+    free = FREE_ON_RESUME + (("epochs",) if args.schedule == "constant" else ())  # a cosine depends on its length
+    state = utils.read_resume(args, folder, free)
     run = Run(args)
     if state:
         run.load_state_dict(state, checkpoint)

@@ -265,7 +265,7 @@ def test_a_fault_of_a_rank_ends_all_with_one_message(images, tmp_path, monkeypat
 def test_a_rank_that_no_longer_answers_ends_all(images, tmp_path, monkeypatch):
     """As if killed under nccl: no socket tells of it."""
     monkeypatch.setattr(utils._FaultWatch, "LOST", 6)
-    monkeypatch.setattr(interrupt, "PATIENCE", 30)
+    monkeypatch.setattr(interrupt, "PATIENCE", 15)
     results = interrupt.run_ranks(flags(images, tmp_path / "run", "--batch_size_per_gpu", "2"), tmp_path, main, 2, 1, "step", 2, "STOP")
     assert results[0].returncode == 1 and "error: rank 1 no longer answers" in results[0].stderr
 
