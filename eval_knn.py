@@ -482,7 +482,8 @@ def extract_features(network, dataset, device, batch_size=128, num_workers=0, am
     else:
         own = utils.share(range(len(dataset)))
         images = torch.utils.data.Subset(dataset, own or range(1))          # a rank without images learns the width from one
-    loader = torch.utils.data.DataLoader(images, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
+    loader = torch.utils.data.DataLoader(images, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda",
+                                         worker_init_fn=utils.leave_group)
     features, labels = [], []
     for (batch, targets), _ in utils.progress(loader, 0, -(-len(images) // batch_size), title):
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):

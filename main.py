@@ -236,7 +236,7 @@ def make_loader(run):
     own = slice(rank * args.batch_size_per_gpu, (rank + 1) * args.batch_size_per_gpu)
     keys = ([(index, utils.stream_seed(args.seed, run.epoch, index)) for index in batch[own].tolist()] for batch in batches)
     return DataLoader(run.images, batch_sampler=keys, num_workers=args.num_workers, collate_fn=collate,
-                      pin_memory=run.device.type == "cuda", worker_init_fn=utils.ignore_signals)
+                      pin_memory=run.device.type == "cuda", worker_init_fn=utils.leave_group)
 
 
 # --------------------------------------------------------------------------------------------------------------------- run

@@ -470,10 +470,11 @@ def _reason(error: Exception) -> str:
     return text.strip().splitlines()[0][:200]
 
 
-def ignore_signals(worker: int) -> None:
-    """A loader's `worker_init_fn`: signals that stop a run reach its workers as well, without which it could not save."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def leave_group(worker: int) -> None:
+    """A loader's `worker_init_fn`: a signal that a terminal or a launcher sends to a run's whole process group stays clear of the
+    workers, without which the run could not go on to save."""
+    if hasattr(os, "setsid"):
+        os.setsid()
 
 
 class Interruption:

@@ -1,13 +1,12 @@
 """Multi-crop pretraining: its command line as its users meet it, and its parts against direct formulas."""
 import copy
-import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import interrupt
 import main
@@ -440,6 +439,20 @@ def test_samples_do_not_depend_on_workers_or_ranks(images, tmp_path, monkeypatch
         assert torch.equal(own[0].global_crops, whole[0].global_crops[2 * rank:2 * rank + 2])
     run.epoch = 1
     assert not torch.equal(first_parts(run)[0][0].randoms, own[0].randoms)
+
+
+def test_workers_are_out_of_the_groups_reach_but_not_of_their_owners(images, tmp_path):
+    """Python terminates and joins what is left of them at its exit: one that took no notice would hold it up for ever."""
+    run = make_run(images, tmp_path, "--num_workers", "1")
+    others = multiprocessing.active_children()
+    batches = iter(main.make_loader(run))
+    next(batches)
+    worker, = set(multiprocessing.active_children()) - set(others)
+    assert os.getpgid(worker.pid) != os.getpgid(0)
+    worker.terminate()
+    worker.join(20)
+    assert not worker.is_alive()
+    del batches
 
 
 @pytest.mark.parametrize("more", [[], ["--arch", "resnet18", "--use_bn_in_head", "true"]])
