@@ -336,7 +336,7 @@ def test_checkpoints_that_cannot_be_resumed(images, uninterrupted, tmp_path):
         assert (output / "checkpoint.pth").read_bytes() == content
     torch.save({"model": torch.zeros(1)}, output / "checkpoint.pth")
     assert "no checkpoint of this script" in run_here(flags(images, output))
-    torch.save({"args": main.plain(main.parse_args(flags(images, output)))}, output / "checkpoint.pth")
+    torch.save({"args": utils.plain(main.parse_args(flags(images, output)))}, output / "checkpoint.pth")
     assert "does not fit" in run_here(flags(images, output))
     torch.save({"payload": subprocess.Popen}, output / "checkpoint.pth")  # needs unpickling of code
     assert "cannot read checkpoint" in run_here(flags(images, output))
