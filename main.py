@@ -19,7 +19,7 @@ from timm.layers import set_fused_attn
 from timm.optim import Lars
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import utils
@@ -177,8 +177,7 @@ def _checked(make, *args, **kwargs):
 
 
 class MultiCropImages(Dataset):
-    """Training images by (index, seed): Crops and the number of images skipped. A UserError takes the place of what cannot be
-    had: raised in a loader's worker, it would come out wrapped in that worker's traceback."""
+    """Training images by (index, seed): Crops, and the number of images skipped. UserError for one that cannot be decoded."""
 
     def __init__(self, args):
         self.crop = _checked(MultiCrop, args.global_crops_size, args.global_crops_scale, args.local_crops_size, args.local_crops_scale,
@@ -203,7 +202,7 @@ class MultiCropImages(Dataset):
                 return self.crop(self._load((index + skipped) % len(self)), seed), skipped
             except utils.UserError as error:
                 bad = error
-        return utils.UserError(f"{str(bad).partition(';')[0]}; replace it by an image of the same name, or add --skip_bad_images")
+        raise utils.UserError(f"{str(bad).partition(';')[0]}; replace it by an image of the same name, or add --skip_bad_images")
 
     def _load(self, index):
         item = self.source[index]
@@ -223,11 +222,6 @@ def find_images(folder):
     return files
 
 
-def collate(samples):
-    bad = next((sample for sample in samples if isinstance(sample, utils.UserError)), None)
-    return bad or default_collate(samples)
-
-
 def make_loader(run):
     """This rank's part of the batches that are left of the epoch. What a sample looks like depends on its index, the epoch and
     the seed alone: neither the worker nor the rank matters."""
@@ -235,7 +229,7 @@ def make_loader(run):
     batches = utils.epoch_batches(len(run.images), run.batch_size, args.seed, run.epoch, start=run.step * args.accum_iter)
     own = slice(rank * args.batch_size_per_gpu, (rank + 1) * args.batch_size_per_gpu)
     keys = ([(index, utils.stream_seed(args.seed, run.epoch, index)) for index in batch[own].tolist()] for batch in batches)
-    return DataLoader(run.images, batch_sampler=keys, num_workers=args.num_workers, collate_fn=collate,
+    return DataLoader(run.images, batch_sampler=keys, num_workers=args.num_workers,
                       pin_memory=run.device.type == "cuda", worker_init_fn=utils.leave_group)
 
 
@@ -427,10 +421,7 @@ def train_step(run, parts, stop):
     for optimizer in run.optimizers.values():
         optimizer.zero_grad()
     totals = torch.zeros(5, dtype=torch.float64)
-    for number, part in enumerate(parts, 1):
-        if isinstance(part, utils.UserError):
-            raise part
-        crops, skipped = part
+    for number, (crops, skipped) in enumerate(parts, 1):
         crops = crops._replace(global_crops=crops.global_crops.to(run.device, non_blocking=True),
                                local_crops=crops.local_crops.to(run.device, non_blocking=True))
         views = [view.contiguous(memory_format=torch.channels_last) for view in run.augment(crops)]    # V of [B, 3, S, S]

@@ -17,13 +17,7 @@ EXACT = 5e-7
 HUE_TOLERANCE = 5e-6  # torchvision's own float error: it divides by the chroma, and multiplies by it again
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Images this small gain nothing from threads, which only get into each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def generator(seed=0):

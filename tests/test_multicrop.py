@@ -20,13 +20,7 @@ RAND_AUGMENT = "rand-n2-m10-mstd0.5"
 SMALL = dict(global_size=32, local_size=16)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Images this small gain nothing from threads, which only get into each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def photograph(width=120, height=90, seed=0):
