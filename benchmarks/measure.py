@@ -1,4 +1,5 @@
-"""What the benchmarks share: alternated timing, peak memory of a fresh process, and a line that names the machine."""
+"""What the benchmarks share: alternated timing, growth, peak memory of a fresh process, and a line that names the machine."""
+import math
 import multiprocessing
 import platform
 import statistics
@@ -24,6 +25,12 @@ def alternate(functions: dict, runs: int, warmup: int = 1) -> dict:
 def median_wall(times: dict) -> dict:
     """name -> median wall seconds of what `alternate` returns."""
     return {name: statistics.median(wall) for name, (wall, _) in times.items()}
+
+
+def fitted_exponent(x, y) -> float:
+    """p of the y = c x^p that fits best, by least squares of the logarithms."""
+    x, y = [math.log(value) for value in x], [math.log(value) for value in y]
+    return statistics.linear_regression(x, y).slope
 
 
 def extra_memory(prepare, *args) -> float:

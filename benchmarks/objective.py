@@ -1,14 +1,13 @@
-"""Time and memory of the objective, forward and backward, against NT-Xent and against the plain n x n form of AUC-CL.
+"""Time and memory of the objective, forward and backward, against lightly's losses and the plain n x n form of AUC-CL.
 
-    pip install lightly                    # the peer's implementation, NTXentLoss
-    python benchmarks/objective.py         # minutes
-    python benchmarks/objective.py --images 128 512 --linear 1024 2048 4096 --runs 3
+    pip install lightly                    # the peers' implementations
+    python benchmarks/objective.py         # a quarter of an hour
+    python benchmarks/objective.py --images 128 512 --runs 3 --losses AUC-CL NT-Xent
 
-For every number n of images, two views [n, D] in float32 with gradient into both. Runs alternate, medians count. The exponent of
-the growth with n is fitted over --linear, on ours alone. Extra memory is what a call adds to a fresh process's peak.
+For every number n of images, two views [n, D] in float32 with gradient into both. Runs alternate, medians count. Extra memory is
+what a call adds to a fresh process's peak. Written to --output: a CSV that pictures.py draws.
 """
-import argparse
-import math
+import csv
 import sys
 from pathlib import Path
 
@@ -16,20 +15,24 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import utils  # noqa: E402
 from auccl_loss import AUCCLLoss, symmetric_moments, unit_rows  # noqa: E402
-from benchmarks.measure import alternate, extra_memory, machine, median_wall  # noqa: E402
+from benchmarks.measure import alternate, extra_memory, fitted_exponent, machine, median_wall  # noqa: E402
 
-
-def plain(criterion):
-    """The same objective through the 2n x 2n matrix of cosines."""
-    return lambda z0, z1: criterion._objective(symmetric_moments(unit_rows(z0), unit_rows(z1), gram=False))
+PEERS = {"NT-Xent": "NTXentLoss", "DCL": "DCLLoss", "Barlow Twins": "BarlowTwinsLoss", "VICReg": "VICRegLoss"}
+LOSSES = ("AUC-CL", "AUC-CL, n x n", *PEERS)
+QUADRATIC = ("AUC-CL, n x n", "NT-Xent", "DCL")  # these build matrices of n x n
+FIT_FROM = 2048     # images from which on the exponent of the growth is fitted
 
 
 def make_loss(name):
-    if name == "NT-Xent (lightly)":
-        from lightly.loss import NTXentLoss
-        return NTXentLoss(temperature=0.5)
-    return AUCCLLoss() if name == "AUC-CL" else plain(AUCCLLoss())
+    if name in PEERS:
+        from lightly import loss
+        return getattr(loss, PEERS[name])()
+    criterion = AUCCLLoss()
+    if name == "AUC-CL":
+        return criterion
+    return lambda z0, z1: criterion._objective(symmetric_moments(unit_rows(z0), unit_rows(z1), gram=False))
 
 
 def make_step(name, n, dim):
@@ -50,28 +53,35 @@ def make_warm_step(name, n, dim):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, nargs="+", default=[128, 512, 2048, 4096], help="n, against the peers")
-    parser.add_argument("--linear", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="n of the fitted growth")
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--runs", type=int, default=7)
+    parser = utils.ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("--images", type=utils.positive_int, nargs="+", default=[2**k for k in range(7, 15)], help="n")
+    add("--losses", choices=LOSSES, nargs="+", default=LOSSES)
+    add("--quadratic_limit", type=utils.positive_int, default=8192, help="largest n for losses that build n x n matrices (16384 takes 17 GB)")
+    add("--dim", type=utils.positive_int, default=128, help="D")
+    add("--runs", type=utils.positive_int, default=7)
+    add("--output", type=Path, default=Path("objective.csv"), help="the table")
     args = parser.parse_args()
-    names = ("AUC-CL", "AUC-CL, n x n", "NT-Xent (lightly)")
     print(f"{machine()}; D = {args.dim}, float32, medians of {args.runs}")
-    print("| n | " + " | ".join(f"{name}: ms, MB" for name in names) + " | n x n / ours | NT-Xent / ours |\n|" + "---|" * 6)
+    rows = []
     for n in args.images:
+        names = [name for name in args.losses if n <= args.quadratic_limit or name not in QUADRATIC]
         times = median_wall(alternate({name: make_step(name, n, args.dim) for name in names}, args.runs, warmup=2))
-        memory = {name: extra_memory(make_warm_step, name, n, args.dim) for name in names}
-        ours, nxn, nt_xent = (times[name] for name in names)
-        cells = " | ".join(f"{1e3 * times[name]:.2f}, {memory[name]:.0f}" for name in names)
-        print(f"| {n} | {cells} | {nxn / ours:.1f} | {nt_xent / ours:.1f} |", flush=True)
-    steps = {n: make_step("AUC-CL", n, args.dim) for n in args.linear}
-    times = median_wall(alternate(steps, 3 * args.runs, warmup=3))
-    x, y = [math.log(n) for n in times], [math.log(seconds) for seconds in times.values()]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    slope = sum((p - mean_x) * (q - mean_y) for p, q in zip(x, y)) / sum((p - mean_x)**2 for p in x)
-    print("growth: " + ", ".join(f"n = {n}: {1e3 * seconds:.2f} ms" for n, seconds in times.items()) + f"; exponent {slope:.2f}")
+        for name in names:
+            rows.append({"loss": name, "images": n, "seconds": times[name], "megabytes": extra_memory(make_warm_step, name, n, args.dim)})
+            print(f"n = {n:5}  {name:14} {1e3 * times[name]:9.2f} ms {rows[-1]['megabytes']:7.0f} MB   {times[name] / times[names[0]]:6.1f} "
+                  f"times {names[0]}", flush=True)
+
+    def write(file):
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    utils.replace_file(args.output, write)
+    for name in args.losses:
+        points = [(row["images"], row["seconds"]) for row in rows if row["loss"] == name and row["images"] >= FIT_FROM]
+        if len(points) > 1:
+            print(f"{name}: time grows as n^{fitted_exponent(*zip(*points)):.2f} from n = {points[0][0]} to {points[-1][0]}")
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main)

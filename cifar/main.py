@@ -20,7 +20,7 @@ import utils  # noqa: E402
 from auccl_loss import SCORES, WEIGHTS, AUCCLLoss, pair_auc  # noqa: E402
 from augmentations import CIFAR_MEAN, CIFAR_STD, SimCLRAugmentation, normalize  # noqa: E402
 from cifar.curves import draw_curves  # noqa: E402
-from cifar.data import DATASETS, load_data  # noqa: E402
+from cifar.data import DATASETS, ImageData, load_data  # noqa: E402
 from cifar.model import ARCHS, ContrastiveNet, extract_features  # noqa: E402
 from eval_knn import knn_accuracy  # noqa: E402
 
@@ -106,15 +106,16 @@ def _by_preset(text, name):
 
 
 class Run:
-    """What a training run consists of, built from the flags: data, network, objective, optimiser, and how far it has come."""
+    """What a training run consists of, built from the flags: data, network, objective, optimiser, and how far it has come.
+    `data` and `criterion`, where given, take the place of those that the flags name."""
 
-    def __init__(self, args):
+    def __init__(self, args, data: ImageData | None = None, criterion: torch.nn.Module | None = None):
         self.args = args
         self.device = utils.select_device(args.device)
         self.amp_dtype = utils.select_amp(args.amp, self.device)
         torch.backends.cudnn.deterministic = True  # the same command gives the same bits
-        self.criterion = build_criterion(args).to(self.device)
-        self.data = load_data(args.dataset, args.data_path, args.image_size)
+        self.criterion = (criterion or build_criterion(args)).to(self.device)
+        self.data = data or load_data(args.dataset, args.data_path, args.image_size)
         if len(self.data.test) < 2:
             raise utils.UserError(f"the test set has {len(self.data.test)} image; the AUC of its pairs needs at least two")
         self.fingerprint = [len(self.data.train), self.data.train.sum(dtype=torch.int64).item()]  # a resume must see the same data
@@ -218,20 +219,22 @@ def set_learning_rates(run, step):
         group["lr"] = factor * group["base_lr"]
 
 
+def features(run, images):
+    """The backbone's features [N, F] of images uint8 [N, 3, S, S], without augmentation."""
+    with run.autocast():
+        rows = extract_features(run.model.backbone, (
+            normalize(batch.to(run.device), CIFAR_MEAN, CIFAR_STD).contiguous(memory_format=torch.channels_last)
+            for batch in images.split(EVAL_BATCH)))
+    return rows.cpu() if run.device.type == "mps" else rows  # the k-NN votes in float64, which MPS lacks
+
+
 @torch.no_grad()
 def evaluate(run):
     """k-NN accuracy of the backbone's features, and the AUC of positive against negative pairs of embeddings, over a random
     choice of test images under two random views, the same ones in every epoch."""
     args, data = run.args, run.data
-
-    def features(images):
-        with run.autocast():
-            rows = extract_features(run.model.backbone, (
-                normalize(batch.to(run.device), CIFAR_MEAN, CIFAR_STD).contiguous(memory_format=torch.channels_last)
-                for batch in images.split(EVAL_BATCH)))
-        return rows.cpu() if run.device.type == "mps" else rows  # the k-NN votes in float64, which MPS lacks
-    top1, top5 = knn_accuracy(features(data.bank), data.bank_labels, features(data.test), data.test_labels, ks=(args.nb_knn,),
-                              temperature=args.temperature)[args.nb_knn]
+    top1, top5 = knn_accuracy(features(run, data.bank), data.bank_labels, features(run, data.test), data.test_labels,
+                              ks=(args.nb_knn,), temperature=args.temperature)[args.nb_knn]
     generator = torch.Generator().manual_seed(utils.stream_seed(args.seed))
     chosen = torch.randperm(len(data.test), generator=generator)[:PAIR_IMAGES]  # class folders come sorted by class
     views = run.augment(data.test[chosen].to(run.device), generator)
@@ -244,19 +247,23 @@ def evaluate(run):
 def make_record(run, evaluation):
     """The record of the epoch just trained: means over its steps, its evaluation, the weights, rates and times."""
     loss, positive, negative = (run.sums / run.steps).tolist()
-    weights = {name: getattr(run.criterion, name).item() for name in WEIGHTS}
+    weights = {name: weight.item() for name, weight in run.criterion.named_parameters() if name in WEIGHTS}
     images = run.steps * run.args.batch_size * run.args.accum_iter
     return {"epoch": run.epoch, "train_loss": loss, **evaluation, "positive": positive, "negative": negative, **weights,
             "train_lr": run.optimizer.param_groups[0]["lr"], "images_per_s": images / run.epoch_seconds, "seconds": run.seconds}
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def train(args, data: ImageData | None = None, criterion: torch.nn.Module | None = None) -> tuple[Run, list[dict]]:
+    """Trains what the flags describe, or goes on with it, to the end; the finished run and its records, one an epoch.
+
+    data, criterion: in place of those that the flags name. A criterion is called as criterion(z0, z1) and has, like AUCCLLoss,
+        `param_groups` for its own parameters, if any, and after a call `means`, the mean positive and negative score.
+    """
     folder = utils.make_output_dir(args.output_dir)
     checkpoint = folder / "checkpoint.pth"
     free = FREE_ON_RESUME + (("epochs",) if args.schedule == "constant" else ())  # a cosine depends on its length
     state = utils.read_resume(args, folder, free)
-    run = Run(args)
+    run = Run(args, data, criterion)
     if state:
         run.load_state_dict(state, checkpoint)
     log = utils.RunLog(folder, (run.epoch, run.step), csv_name=f"{folder.name}_statistics.csv")
@@ -284,8 +291,15 @@ def main(argv=None):
             interruption.leave(f"saved after epoch {run.epoch}; the same command resumes")
     if not log.records:
         raise utils.UserError(f"the run in {folder} is finished, but its log.txt is gone; choose another --output_dir to run it again")
-    draw_curves({folder.name: log.records}, folder / "curves.png")
-    print(f"done: {utils.format_record(log.records[-1])}\ncurves: {folder / 'curves.png'}", flush=True)
+    return run, log.records
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    _, records = train(args)
+    curves = args.output_dir / "curves.png"
+    draw_curves({args.output_dir.name: records}, curves)
+    print(f"done: {utils.format_record(records[-1])}\ncurves: {curves}", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,22 @@ def small_resnet() -> ResNet:
     return net
 
 
+def tiny_resnet() -> ResNet:
+    """`small` at a quarter of its width, 0.08 M parameters: for studies that need many runs."""
+    net = small_resnet()
+    net.inplanes = 16
+    net.bn1 = nn.BatchNorm2d(16)
+    net.layer1, net.layer2, net.layer3 = (net._make_layer(BasicBlock, 16 * stride, 1, min(stride, 2)) for stride in (1, 2, 4))
+    net.fc = nn.Linear(64, 1)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # as ResNet does for its own
+    return net
+
+
 # arch -> (constructor, stride of the 3x3 stem)
-ARCHS = {"resnet18": (resnet18, 1), "resnet34": (resnet34, 1), "resnet50": (resnet50, 1), "small": (small_resnet, 2)}
+ARCHS = {"resnet18": (resnet18, 1), "resnet34": (resnet34, 1), "resnet50": (resnet50, 1), "small": (small_resnet, 2),
+         "tiny": (tiny_resnet, 2)}
 
 
 def build_backbone(arch: str) -> ResNet:
@@ -22,7 +36,7 @@ def build_backbone(arch: str) -> ResNet:
     make, stride = ARCHS[arch]
     net = make()
     net.embed_dim = net.fc.in_features
-    net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
+    net.conv1 = nn.Conv2d(3, net.bn1.num_features, kernel_size=3, stride=stride, padding=1, bias=False)
     net.maxpool, net.fc = nn.Identity(), nn.Identity()
     return net
 

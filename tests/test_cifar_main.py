@@ -369,8 +369,8 @@ def test_a_diverged_run_saves_nothing_of_it(images, tmp_path, last_step):
     run_of = main.Run
 
     class Diverging(run_of):
-        def __init__(self, args):
-            super().__init__(args)
+        def __init__(self, *args):
+            super().__init__(*args)
             take_step = self.optimizer.step
 
             def step():

@@ -1,0 +1,182 @@
+"""Bias and variance of minibatch gradients on real images, for AUC-CL and for NT-Xent (lightly), by batch size.
+
+    pip install lightly
+    python cifar/main.py --arch tiny --epochs 5 --dataset folder --data_path DIR --output_dir RUN        # a network to look at
+    python benchmarks/bias.py --checkpoint RUN/checkpoint.pth --dataset folder --data_path DIR           # flags of cifar/main.py
+
+A population is --images training images in two fixed views each, seen by a fixed network (batch norm with its running statistics,
+so that an image's embedding depends on nothing else). For every batch size, the mean gradient over all minibatches is held against
+the gradient of the loss on the whole population. Gradients are those of all network parameters.
+
+How bias is told from variance. With a fixed network the parameters' gradient is linear in the embeddings' gradient, so a group of
+minibatches (the population cut into batches at random, --cuts times) is averaged over embeddings and carried to the parameters
+once. The product of the errors of two independent groups has the squared bias as its mean, without any variance in it; the mean
+over all pairs of --groups groups estimates it, the jackknife over groups gives its 95 % interval. "Direction" is the same for
+the part of the error that is perpendicular to the population's gradient, relative to the part along it: no step size mends that.
+
+The variance is that of single minibatches, the mean squared distance to the population's gradient, over --draws of them.
+All figures are relative to the norm of the population's gradient. Written: a CSV, a row a loss and batch size.
+"""
+import csv
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import utils  # noqa: E402
+from auccl_loss import AUCCLLoss, symmetric_moments, unit_rows  # noqa: E402
+from benchmarks.study import RESULTS, ClosedForm, Peer  # noqa: E402
+from cifar import main as cifar  # noqa: E402
+from cifar.data import load_data  # noqa: E402
+
+T_95 = {4: 3.182, 6: 2.571, 8: 2.365, 12: 2.201, 16: 2.131}    # Student's t, two-sided 95 %, groups - 1 degrees of freedom
+VIEWS, CUTS, DRAWS = 101, 102, 103                              # random streams
+COLUMNS = ("loss", "batch_size", "bias", "bias_low", "bias_high", "direction", "direction_low", "direction_high", "deviation")
+
+
+def saddle(z: Tensor) -> dict:
+    """a, b and alpha at the saddle of the population's objective, where they stand when descent-ascent has settled."""
+    moments = symmetric_moments(unit_rows(z[0]), unit_rows(z[1]))
+    a, b = moments.positive_mean.item(), moments.negative_mean.item()
+    return {"a": a, "b": b, "alpha": 1 - a + b}
+
+
+def make_losses(z: Tensor, temperatures) -> dict:
+    weights = saddle(z)
+    return {"AUC-CL": AUCCLLoss(**weights, learn=()), "AUC-CL, a b alpha from the batch": ClosedForm(**weights, learn=()),
+            **{f"NT-Xent, T = {t:g}": Peer("NTXentLoss", {"temperature": t}) for t in temperatures}}
+
+
+class Population:
+    """Embeddings z [2, N, D] of two views of N images by a fixed network, and the way back to its parameters."""
+
+    def __init__(self, network, views: Tensor):
+        self.parameters = list(network.parameters())
+        self.network, self.views = network.eval(), views                        # views: [2, N, 3, S, S]
+        self.outputs = torch.stack([network(view) for view in views])           # [2, N, D], with their graph
+        self.z = self.outputs.detach()
+
+    def embedding_gradient(self, loss, rows: Tensor) -> Tensor:
+        """Gradient of the loss on a batch of images with respect to their embeddings: [2, B, D]."""
+        z = self.z[:, rows].requires_grad_()
+        return torch.autograd.grad(loss(*z), z)[0]
+
+    def mean_over_cuts(self, loss, batch_size: int, cuts: int, generator) -> Tensor:
+        """The mean over the batches of `cuts` random partitions of the population: [2, N, D]."""
+        total = torch.zeros_like(self.z)
+        for _ in range(cuts):
+            for rows in torch.randperm(self.z.shape[1], generator=generator).split(batch_size):
+                total[:, rows] += self.embedding_gradient(loss, rows)
+        return total / (cuts * self.z.shape[1] / batch_size)
+
+    def carry(self, gradient: Tensor) -> Tensor:
+        """Embeddings' gradient [2, N, D] -> the parameters', as one vector in float64."""
+        return _flat(torch.autograd.grad(self.outputs, self.parameters, gradient, retain_graph=True))
+
+    def batch_gradient(self, loss, rows: Tensor) -> Tensor:
+        """The parameters' gradient on one batch."""
+        z = torch.stack([self.network(view[rows]) for view in self.views])
+        return _flat(torch.autograd.grad(loss(*z), self.parameters))
+
+
+def _flat(gradients) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients]).double()
+
+
+def squared_mean(rows: Tensor) -> tuple[float, float]:
+    """|E x|^2 from independent draws x [R, P], without the variance of x in it, and the standard error of that (jackknife)."""
+    products = rows @ rows.T
+    count = len(rows)
+
+    def pairs(products):
+        n = len(products)
+        return (products.sum() - products.trace()).item() / (n * (n - 1))
+    estimate = pairs(products)
+    keep = [torch.tensor([i for i in range(count) if i != left]) for left in range(count)]
+    without = torch.tensor([pairs(products[rest][:, rest]) for rest in keep])
+    error = ((count - 1) / count * (without - without.mean()).square().sum()).sqrt().item()
+    return estimate, error
+
+
+def with_interval(rows: Tensor, unit: float) -> tuple[float, float, float]:
+    """Norm of the mean of x [R, P] with its 95 % interval, in units of `unit`; below zero is zero."""
+    estimate, error = squared_mean(rows)
+    half = T_95[len(rows)] * error
+    return tuple(math.sqrt(max(0.0, value)) / unit for value in (estimate, estimate - half, estimate + half))
+
+
+def study(population: Population, loss, batch_size: int, args) -> dict:
+    """The row of a loss and a batch size."""
+    count = population.z.shape[1]
+    full = population.carry(population.embedding_gradient(loss, torch.arange(count)))
+    unit = full.norm().item()
+    groups = []
+    for group in range(args.groups):
+        generator = torch.Generator().manual_seed(utils.stream_seed(args.seed, CUTS, batch_size, group))
+        groups.append(population.carry(population.mean_over_cuts(loss, batch_size, args.cuts, generator)))
+    means = torch.stack(groups)                                                 # [R, P]
+    along = means @ full / unit
+    across = means - along[:, None] * (full / unit)
+    generator = torch.Generator().manual_seed(utils.stream_seed(args.seed, DRAWS, batch_size))
+    squares = [(population.batch_gradient(loss, torch.randperm(count, generator=generator)[:batch_size]) - full).square().sum().item()
+               for _ in range(args.draws)]
+    figures = (*with_interval(means - full, unit), *with_interval(across, along.mean().item()), math.sqrt(sum(squares) / len(squares)) / unit)
+    return dict(zip(COLUMNS[2:], figures, strict=True))
+
+
+def parse_args(argv=None):
+    parser = utils.ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, help="of cifar/main.py (default: random weights)")
+    add("--images", type=utils.positive_int, default=2048, help="in the population")
+    add("--batch_sizes", type=utils.positive_int, nargs="+", default=[4, 8, 16, 32, 64, 128, 256, 512, 1024], help="divisors of --images")
+    add("--temperatures", type=utils.positive_float, nargs="*", default=[0.1, 0.2, 0.5], help="of NT-Xent; none: without it")
+    add("--groups", type=int, choices=T_95, default=8, help="of minibatches")
+    add("--cuts", type=utils.positive_int, default=8, help="of the population into minibatches, in a group")
+    add("--draws", type=utils.positive_int, default=32, help="single minibatches for the variance")
+    add("--seed", type=utils.non_negative_int, default=0, help="of views and minibatches")
+    add("--output", type=Path, default=RESULTS / "bias.csv", help="the table")
+    args, common = parser.parse_known_args(argv)
+    if wrong := [size for size in args.batch_sizes if size < 2 or args.images % size]:
+        raise utils.UserError(f"--batch_sizes {' '.join(map(str, wrong))}: must be at least 2 and divide --images {args.images}")
+    return args, common
+
+
+def main(argv=None):
+    args, common = parse_args(argv)
+    state = utils.load_checkpoint(args.checkpoint) if args.checkpoint else None
+    if state:
+        if not {"args", "student"} <= state.keys() or "projector" not in state["args"]:
+            raise utils.UserError(f"{args.checkpoint} is no checkpoint of cifar/main.py")
+        common += ["--arch", state["args"]["arch"], "--projector", *map(str, state["args"]["projector"])]
+    flags = cifar.parse_args([*common, "--batch_size", "2", "--amp", "none", "--device", "cpu"])
+    data = load_data(flags.dataset, flags.data_path, flags.image_size)
+    if args.images > len(data.train):
+        raise utils.UserError(f"--images {args.images} is more than the data set's {len(data.train)}")
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(utils.stream_seed(args.seed, VIEWS)))
+    run = cifar.Run(flags, data)
+    if state:
+        run.model.load_state_dict(state["student"])
+    views = run.augment(data.train[order[:args.images]], torch.Generator().manual_seed(utils.stream_seed(args.seed, VIEWS, 1)))
+    population = Population(run.model, torch.stack(views))
+    utils.make_output_dir(args.output.parent, "--output")
+    rows = []
+    for name, loss in make_losses(population.z, args.temperatures).items():
+        for size in args.batch_sizes:
+            rows.append({"loss": name, "batch_size": size} | study(population, loss, size, args))
+            print(utils.format_record(rows[-1]), flush=True)
+
+            def write(file):
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows)
+            utils.replace_file(args.output, write)
+    print(f"table: {args.output}", flush=True)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)
