@@ -247,7 +247,8 @@ class AUCCLLoss(nn.Module):
         gather: negatives from all ranks when a process group is up; False keeps to this rank's.
 
     With nu and kappa independent of the batch, every minibatch gradient is an unbiased estimate of the population's, at any
-    batch size: pair means are U-statistics. Embeddings are normalised inside; moments are float32 at least, also under
+    batch size: pair means are U-statistics. (Of a network in which an embedding depends on its own image alone; batch norm in
+    training mode makes it depend on the batch, under every loss.) Embeddings are normalised inside; moments are float32 at least, also under
     autocast. ValueError for fewer than two images, mismatched shapes and non-floating input.
     """
 

@@ -479,12 +479,15 @@ def leave_group(worker: int) -> None:
 
 class Interruption:
     """Turns SIGTERM and Ctrl-C into a request that the loop answers between two steps: save, then leave. A second signal
-    ends the process at once."""
+    ends the process at once. `close` gives the signals their former meaning back, for a process that goes on to other things."""
 
     def __init__(self):
         self.signal = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._request)
+        self._former = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def close(self) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
 
     def _request(self, number, frame):
         self.signal = number

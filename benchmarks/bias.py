@@ -1,21 +1,23 @@
 """Bias and variance of minibatch gradients on real images, for AUC-CL and for NT-Xent (lightly), by batch size.
 
     pip install lightly
-    python cifar/main.py --arch tiny --epochs 5 --dataset folder --data_path DIR --output_dir RUN        # a network to look at
-    python benchmarks/bias.py --checkpoint RUN/checkpoint.pth --dataset folder --data_path DIR           # flags of cifar/main.py
+    python cifar/main.py --arch tiny --epochs 5 --dataset folder --data_path DIR --output_dir RUN    # a network to look at
+    python benchmarks/bias.py RUN/checkpoint.pth --dataset folder --data_path DIR                    # its data, as cifar/main.py's flags
 
-A population is --images training images in two fixed views each, seen by a fixed network (batch norm with its running statistics,
-so that an image's embedding depends on nothing else). For every batch size, the mean gradient over all minibatches is held against
-the gradient of the loss on the whole population. Gradients are those of all network parameters.
+A population is --images training images in two fixed views each, seen by a fixed network: batch norm takes its running statistics,
+so that an embedding depends on its own image alone (with a batch's statistics no loss has unbiased gradients). For every batch size
+the mean gradient of all network parameters over minibatches is held against that of the loss on the whole population. Written: a
+CSV, a row a loss and batch size, with
 
-How bias is told from variance. With a fixed network the parameters' gradient is linear in the embeddings' gradient, so a group of
-minibatches (the population cut into batches at random, --cuts times) is averaged over embeddings and carried to the parameters
-once. The product of the errors of two independent groups has the squared bias as its mean, without any variance in it; the mean
-over all pairs of --groups groups estimates it, the jackknife over groups gives its 95 % interval. "Direction" is the same for
-the part of the error that is perpendicular to the population's gradient, relative to the part along it: no step size mends that.
+    bias        |E g - G| / |G|, g the gradient on a minibatch, G the one on the population
+    tangent     |part of E g across G| / (part of E g along G), the tangent of their angle: bias that no step size can mend
+    deviation   sqrt(E |g - E g|^2) / |G|, the standard deviation of one minibatch's gradient
 
-The variance is that of single minibatches, the mean squared distance to the population's gradient, over --draws of them.
-All figures are relative to the norm of the population's gradient. Written: a CSV, a row a loss and batch size.
+and 95 % intervals. How bias is told from variance: with a fixed network the parameters' gradient is linear in the embeddings', so
+the minibatches of a group (the population cut into batches at random, --cuts times) are averaged over embeddings and carried to
+the parameters once. The product of the errors of two independent groups has the squared bias as its mean, free of variance; the
+mean over all pairs of --groups groups estimates it, and the jackknife over groups gives the interval. Minibatches are drawn without
+replacement, so at B = N all three are 0: a bias of order 1/B shows as 1/B - 1/N, a variance as (N - B) / (N - 1) of its own.
 """
 import csv
 import math
@@ -29,13 +31,16 @@ from torch import Tensor  # noqa: E402
 
 import utils  # noqa: E402
 from auccl_loss import AUCCLLoss, symmetric_moments, unit_rows  # noqa: E402
-from benchmarks.study import RESULTS, ClosedForm, Peer  # noqa: E402
+from benchmarks.study import RESULTS, ClosedForm, Peer, peer_loss  # noqa: E402
 from cifar import main as cifar  # noqa: E402
 from cifar.data import load_data  # noqa: E402
 
-T_95 = {4: 3.182, 6: 2.571, 8: 2.365, 12: 2.201, 16: 2.131}    # Student's t, two-sided 95 %, groups - 1 degrees of freedom
+T_95 = {4: 3.182, 6: 2.571, 8: 2.365, 12: 2.201, 16: 2.131}    # Student's t, two-sided 95 %, by the number of groups
+NORMAL_95 = 1.96                                                # the same for many draws
 VIEWS, CUTS, DRAWS = 101, 102, 103                              # random streams
-COLUMNS = ("loss", "batch_size", "bias", "bias_low", "bias_high", "direction", "direction_low", "direction_high", "deviation")
+FIXED = ("--arch", "--projector", "--device", "--amp", "--batch_size")
+FIGURES = ("bias", "tangent", "deviation")
+COLUMNS = ("loss", "batch_size", *(figure + end for figure in FIGURES for end in ("", "_low", "_high")))
 
 
 def saddle(z: Tensor) -> dict:
@@ -102,15 +107,23 @@ def squared_mean(rows: Tensor) -> tuple[float, float]:
     return estimate, error
 
 
-def with_interval(rows: Tensor, unit: float) -> tuple[float, float, float]:
-    """Norm of the mean of x [R, P] with its 95 % interval, in units of `unit`; below zero is zero."""
+def norm_of_mean(rows: Tensor, unit: float) -> tuple[float, float, float]:
+    """|E x| of draws x [R, P] with its 95 % interval, in units of `unit`; a square below zero counts as zero."""
     estimate, error = squared_mean(rows)
     half = T_95[len(rows)] * error
-    return tuple(math.sqrt(max(0.0, value)) / unit for value in (estimate, estimate - half, estimate + half))
+    return tuple(math.sqrt(max(0.0, square)) / unit for square in (estimate, estimate - half, estimate + half))
+
+
+def deviation(rows: Tensor, unit: float) -> tuple[float, float, float]:
+    """sqrt(E |x - E x|^2) of draws x [K, P] with its 95 % interval, in units of `unit`."""
+    count = len(rows)
+    squares = (rows - rows.mean(0)).square().sum(1) * count / (count - 1)
+    mean, half = squares.mean().item(), NORMAL_95 * (squares.std() / count**0.5).item()
+    return tuple(math.sqrt(max(0.0, square)) / unit for square in (mean, mean - half, mean + half))
 
 
 def study(population: Population, loss, batch_size: int, args) -> dict:
-    """The row of a loss and a batch size."""
+    """The figures of a loss and a batch size."""
     count = population.z.shape[1]
     full = population.carry(population.embedding_gradient(loss, torch.arange(count)))
     unit = full.norm().item()
@@ -119,48 +132,62 @@ def study(population: Population, loss, batch_size: int, args) -> dict:
         generator = torch.Generator().manual_seed(utils.stream_seed(args.seed, CUTS, batch_size, group))
         groups.append(population.carry(population.mean_over_cuts(loss, batch_size, args.cuts, generator)))
     means = torch.stack(groups)                                                 # [R, P]
-    along = means @ full / unit
+    along = means @ full / unit                                                 # [R]
     across = means - along[:, None] * (full / unit)
     generator = torch.Generator().manual_seed(utils.stream_seed(args.seed, DRAWS, batch_size))
-    squares = [(population.batch_gradient(loss, torch.randperm(count, generator=generator)[:batch_size]) - full).square().sum().item()
-               for _ in range(args.draws)]
-    figures = (*with_interval(means - full, unit), *with_interval(across, along.mean().item()), math.sqrt(sum(squares) / len(squares)) / unit)
-    return dict(zip(COLUMNS[2:], figures, strict=True))
+    draws = torch.stack([population.batch_gradient(loss, torch.randperm(count, generator=generator)[:batch_size])
+                         for _ in range(args.draws)])
+    figures = norm_of_mean(means - full, unit), norm_of_mean(across, along.mean().item()), deviation(draws, unit)
+    return dict(zip(COLUMNS[2:], (value for figure in figures for value in figure), strict=True))
 
 
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", type=Path, help="of cifar/main.py (default: random weights)")
-    add("--images", type=utils.positive_int, default=2048, help="in the population")
-    add("--batch_sizes", type=utils.positive_int, nargs="+", default=[4, 8, 16, 32, 64, 128, 256, 512, 1024], help="divisors of --images")
+    add("checkpoint", type=Path, help="of cifar/main.py; a small network, --images pairs of views are held with all activations")
+    add("--images", type=utils.positive_int, default=4096, help="in the population")
+    add("--batch_sizes", type=utils.positive_int, nargs="+", default=[4, 16, 64, 256, 1024], help="divisors of --images")
     add("--temperatures", type=utils.positive_float, nargs="*", default=[0.1, 0.2, 0.5], help="of NT-Xent; none: without it")
     add("--groups", type=int, choices=T_95, default=8, help="of minibatches")
-    add("--cuts", type=utils.positive_int, default=8, help="of the population into minibatches, in a group")
-    add("--draws", type=utils.positive_int, default=32, help="single minibatches for the variance")
+    add("--cuts", type=utils.positive_int, default=4, help="of the population into minibatches, in a group")
+    add("--draws", type=utils.positive_int, default=64, help="single minibatches for the variance")
     add("--seed", type=utils.non_negative_int, default=0, help="of views and minibatches")
     add("--output", type=Path, default=RESULTS / "bias.csv", help="the table")
     args, common = parser.parse_known_args(argv)
     if wrong := [size for size in args.batch_sizes if size < 2 or args.images % size]:
         raise utils.UserError(f"--batch_sizes {' '.join(map(str, wrong))}: must be at least 2 and divide --images {args.images}")
+    if args.draws < 2:
+        raise utils.UserError("--draws must be at least 2: one draw has no variance")
+    if given := [flag for flag in FIXED if flag in common]:
+        raise utils.UserError(f"{' '.join(given)}: the network is the checkpoint's, in float32 on the CPU; leave out")
     return args, common
+
+
+def load_network(path: Path, common: list[str]):
+    """cifar/main.py's flags of the checkpoint's run and its network's weights. UserError if it is no checkpoint of that script."""
+    state = utils.load_checkpoint(path)
+    try:
+        own = ["--arch", state["args"]["arch"], "--projector", *map(str, state["args"]["projector"])]
+        weights = dict(state["student"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise utils.UserError(f"{path} is no checkpoint of cifar/main.py: {error!r}") from error
+    return cifar.parse_args([*common, *own, "--batch_size", "2", "--amp", "none", "--device", "cpu"]), weights
 
 
 def main(argv=None):
     args, common = parse_args(argv)
-    state = utils.load_checkpoint(args.checkpoint) if args.checkpoint else None
-    if state:
-        if not {"args", "student"} <= state.keys() or "projector" not in state["args"]:
-            raise utils.UserError(f"{args.checkpoint} is no checkpoint of cifar/main.py")
-        common += ["--arch", state["args"]["arch"], "--projector", *map(str, state["args"]["projector"])]
-    flags = cifar.parse_args([*common, "--batch_size", "2", "--amp", "none", "--device", "cpu"])
+    flags, weights = load_network(args.checkpoint, common)
+    if args.temperatures:
+        peer_loss("NTXentLoss", {})  # says at once if lightly is missing
     data = load_data(flags.dataset, flags.data_path, flags.image_size)
     if args.images > len(data.train):
         raise utils.UserError(f"--images {args.images} is more than the data set's {len(data.train)}")
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(utils.stream_seed(args.seed, VIEWS)))
     run = cifar.Run(flags, data)
-    if state:
-        run.model.load_state_dict(state["student"])
+    try:
+        run.model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise utils.UserError(f"the weights of {args.checkpoint} do not fit its arch and projector: {error}") from error
     views = run.augment(data.train[order[:args.images]], torch.Generator().manual_seed(utils.stream_seed(args.seed, VIEWS, 1)))
     population = Population(run.model, torch.stack(views))
     utils.make_output_dir(args.output.parent, "--output")

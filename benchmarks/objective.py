@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
 from auccl_loss import AUCCLLoss, symmetric_moments, unit_rows  # noqa: E402
 from benchmarks.measure import alternate, extra_memory, fitted_exponent, machine, median_wall  # noqa: E402
+from benchmarks.study import RESULTS, peer_loss  # noqa: E402
 
 PEERS = {"NT-Xent": "NTXentLoss", "DCL": "DCLLoss", "Barlow Twins": "BarlowTwinsLoss", "VICReg": "VICRegLoss"}
 LOSSES = ("AUC-CL", "AUC-CL, n x n", *PEERS)
@@ -27,8 +28,7 @@ FIT_FROM = 2048     # images from which on the exponent of the growth is fitted
 
 def make_loss(name):
     if name in PEERS:
-        from lightly import loss
-        return getattr(loss, PEERS[name])()
+        return peer_loss(PEERS[name], {})
     criterion = AUCCLLoss()
     if name == "AUC-CL":
         return criterion
@@ -57,26 +57,32 @@ def main():
     add = parser.add_argument
     add("--images", type=utils.positive_int, nargs="+", default=[2**k for k in range(7, 15)], help="n")
     add("--losses", choices=LOSSES, nargs="+", default=LOSSES)
-    add("--quadratic_limit", type=utils.positive_int, default=8192, help="largest n for losses that build n x n matrices (16384 takes 17 GB)")
+    add("--quadratic_limit", type=utils.positive_int, default=8192, help="largest n for losses that build n x n matrices")
     add("--dim", type=utils.positive_int, default=128, help="D")
     add("--runs", type=utils.positive_int, default=7)
-    add("--output", type=Path, default=Path("objective.csv"), help="the table")
+    add("--output", type=Path, default=RESULTS / "objective.csv", help="the table")
     args = parser.parse_args()
+    if min(args.images) < 2:
+        raise utils.UserError("--images must be at least 2: negative pairs need two images")
+    utils.make_output_dir(args.output.parent, "--output")
+    for name in args.losses:
+        make_loss(name)  # says at once if lightly is missing
     print(f"{machine()}; D = {args.dim}, float32, medians of {args.runs}")
     rows = []
+
+    def write(file):
+        writer = csv.DictWriter(file, ("loss", "images", "seconds", "megabytes"))
+        writer.writeheader()
+        writer.writerows(rows)
     for n in args.images:
         names = [name for name in args.losses if n <= args.quadratic_limit or name not in QUADRATIC]
         times = median_wall(alternate({name: make_step(name, n, args.dim) for name in names}, args.runs, warmup=2))
         for name in names:
-            rows.append({"loss": name, "images": n, "seconds": times[name], "megabytes": extra_memory(make_warm_step, name, n, args.dim)})
-            print(f"n = {n:5}  {name:14} {1e3 * times[name]:9.2f} ms {rows[-1]['megabytes']:7.0f} MB   {times[name] / times[names[0]]:6.1f} "
-                  f"times {names[0]}", flush=True)
-
-    def write(file):
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    utils.replace_file(args.output, write)
+            memory = extra_memory(make_warm_step, name, n, args.dim)
+            rows.append({"loss": name, "images": n, "seconds": times[name], "megabytes": memory})
+            print(f"n = {n:5}  {name:14} {1e3 * times[name]:9.2f} ms {memory:7.0f} MB   {times[name] / times[names[0]]:6.1f} times "
+                  f"{names[0]}", flush=True)
+        utils.replace_file(args.output, write)
     for name in args.losses:
         points = [(row["images"], row["seconds"]) for row in rows if row["loss"] == name and row["images"] >= FIT_FROM]
         if len(points) > 1:

@@ -1,9 +1,10 @@
 """Draws the tables of study.py, bias.py and objective.py: a picture for each that is there.
 
-    python benchmarks/pictures.py results/studies             # reads the CSVs in the folder, writes PNGs beside them
+    python benchmarks/pictures.py cifar/results/studies       # reads the CSVs in the folder, writes PNGs beside them
     python benchmarks/pictures.py DIR --format svg
 """
 import csv
+import itertools
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -15,20 +16,29 @@ import utils  # noqa: E402
 from benchmarks.measure import fitted_exponent  # noqa: E402
 from benchmarks.objective import FIT_FROM  # noqa: E402
 
+TRAJECTORIES = ("default", "weights_lr 1e-2", "all held", "closed form")   # runs of the ablation
+LOWEST = 1e-3   # of the logarithmic axis of biases, which an estimate of 0 has no place on
+
 # colour, marker, dashes: any one of them tells two lines apart, so that the pictures read in black and white
-STYLES = [("black", "o", "-"), ("tab:red", "s", "--"), ("tab:blue", "^", "-."), ("tab:green", "D", ":"), ("tab:purple", "v", (0, (5, 1))),
-          ("tab:brown", "x", (0, (3, 1, 1, 1))), ("tab:gray", "P", (0, (1, 1)))]
+STYLES = (("black", "o", "-"), ("tab:red", "s", "--"), ("tab:blue", "^", "-."), ("tab:green", "D", ":"), ("tab:purple", "v", (0, (5, 1))),
+          ("tab:brown", "x", (0, (3, 1, 1, 1))), ("tab:gray", "P", (0, (1, 1))))
+TEXT = ("run", "loss", "options", "projector", "learn", "score", "preset")  # columns that are no numbers, whatever they look like
 
 
 def read(path: Path) -> list[dict]:
     """The rows of a CSV, numbers as floats and empty cells as None."""
-    def value(text):
+    def value(name, text):
         try:
-            return float(text) if text else None
-        except ValueError:
+            return text if name in TEXT else float(text) if text else None
+        except ValueError:  # "sum"
             return text
     with open(path, newline="") as file:
-        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+        return [{name: value(name, text) for name, text in row.items()} for row in csv.DictReader(file, strict=True)]
+
+
+def styled(groups: dict):
+    """(name, rows, colour, marker, dashes) of every group; styles come again after the last."""
+    return ((name, rows, *style) for (name, rows), style in zip(groups.items(), itertools.cycle(STYLES)))
 
 
 def grouped(rows, key) -> dict:
@@ -52,14 +62,14 @@ def method(row) -> str:
 # ----------------------------------------------------------------------------------------------------------------- pictures
 
 def draw_batch_size(plt, rows):
-    """Final accuracies against the batch size: a line through the means over seeds, a marker for every seed."""
+    """Final accuracies against the batch size: lines through the means over seeds, a dash for every seed."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for axis, (field, title) in zip(axes, (("test_acc@1", "k-NN"), ("linear", "linear probe"))):
-        for (name, runs), (colour, marker, dash) in zip(grouped(last_rows(rows), method).items(), STYLES):
+        for name, runs, colour, marker, dash in styled(grouped(last_rows(rows), method)):
             sizes = grouped(sorted(runs, key=lambda row: row["batch_size"]), lambda row: row["batch_size"])
-            axis.plot(list(sizes), [mean(row[field] for row in seeds) for seeds in sizes.values()], color=colour, linestyle=dash, label=name)
-            for size, seeds in sizes.items():
-                axis.plot([size] * len(seeds), [row[field] for row in seeds], marker, color=colour, markersize=4)
+            means = [mean(row[field] for row in seeds) for seeds in sizes.values()]
+            axis.plot(list(sizes), means, color=colour, marker=marker, linestyle=dash, markersize=5, label=name)
+            axis.plot([row["batch_size"] for row in runs], [row[field] for row in runs], "_", color=colour, markersize=6)
         log_axis(axis, "batch size (images)", {row["batch_size"] for row in rows})
         axis.set_ylabel(f"{title} accuracy, top-1 (%)")
     axes[0].legend(fontsize=8)
@@ -69,13 +79,13 @@ def draw_batch_size(plt, rows):
 def draw_convergence(plt, rows):
     """k-NN accuracy by epoch and by second of training and evaluation."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
-    for (name, records), (colour, marker, dash) in zip(grouped(rows, lambda row: row["run"]).items(), STYLES):
+    for name, records, colour, marker, dash in styled(grouped(rows, lambda row: row["run"])):
         accuracy = [row["test_acc@1"] for row in records]
-        axes[0].plot([row["epoch"] + 1 for row in records], accuracy, color=colour, marker=marker, linestyle=dash, markersize=4, label=name)
-        axes[1].plot([row["seconds"] for row in records], accuracy, color=colour, marker=marker, linestyle=dash, markersize=4)
+        for axis, times in zip(axes, ([row["epoch"] + 1 for row in records], [row["seconds"] for row in records])):
+            axis.plot(times, accuracy, color=colour, marker=marker, linestyle=dash, markersize=4, label=name)
     axes[0].set_ylabel("k-NN accuracy, top-1 (%)")
     axes[0].set_xlabel("epoch")
-    axes[1].set_xlabel("time of training and evaluation (s, one core)")
+    axes[1].set_xlabel("time of training and evaluation (s)")
     axes[0].legend(fontsize=8)
     return figure
 
@@ -93,16 +103,18 @@ def draw_ablation(plt, rows):
     axes[0].set_xlabel("accuracy, top-1 (%)")
     axes[0].legend(fontsize=8)
     for kappa, (colour, marker, dash) in zip(("1", "nu"), STYLES):
-        points = {name.split(",")[0][3:]: row for name, row in final.items() if name.endswith(f", kappa {kappa}") and name.startswith("nu")}
+        points = {name.split(",")[0][3:]: row for name, row in final.items()
+                  if name.startswith("nu ") and name.endswith(f", kappa {kappa}")}
         points |= {"16": final["default"]} if kappa == "1" and "default" in final else {}
         order = sorted(points, key=lambda nu: float("inf") if nu == "sum" else float(nu))
         axes[1].plot(order, [points[nu]["test_acc@1"] for nu in order], color=colour, marker=marker, linestyle=dash, label=f"kappa = {kappa}")
-    axes[1].set_xlabel("weight nu of the negatives' spread")
+    axes[1].set_xlabel("nu, weight of the negatives' spread; sum: the number of an anchor's negatives")
     axes[1].legend(fontsize=8)
-    widths = {int(row["projector"].split()[0]): row for name, row in final.items() if name.startswith("projector ") or name == "default"}
+    widths = {int(row["projector"].split()[0]): row for name, row in final.items() if name.startswith(("projector ", "default"))}
     for (field, label), (colour, marker, dash) in zip((("test_acc@1", "k-NN"), ("linear", "linear")), STYLES):
-        axes[2].plot(sorted(widths), [widths[w][field] for w in sorted(widths)], color=colour, marker=marker, linestyle=dash, label=label)
-    log_axis(axes[2], "hidden width of the projector (output: half of it)", set(widths))
+        accuracy = [widths[width][field] for width in sorted(widths)]
+        axes[2].plot(sorted(widths), accuracy, color=colour, marker=marker, linestyle=dash, label=label)
+    log_axis(axes[2], "hidden width of the projector (output: half of it)", widths)
     axes[2].legend(fontsize=8)
     axes[1].set_ylabel("k-NN accuracy, top-1 (%)")
     axes[2].set_ylabel("accuracy, top-1 (%)")
@@ -111,51 +123,49 @@ def draw_ablation(plt, rows):
 
 def draw_trajectories(plt, rows):
     """a, b and alpha with the mean scores that they follow, and the AUC of test pairs, for the ways of setting them."""
-    runs = grouped(rows, lambda row: row["run"])
-    shown = [name for name in ("default", "weights_lr 1e-2", "hold all", "closed form") if name in runs]
-    figure, axes = plt.subplots(1, len(shown) + 1, figsize=(3.2 * (len(shown) + 1), 3.6), layout="constrained")
-    for axis, name in zip(axes, shown):
-        epochs = [row["epoch"] + 1 for row in runs[name]]
-        for field, (colour, marker, dash) in zip(("a", "positive", "b", "negative", "alpha"), STYLES):
-            axis.plot(epochs, [row[field] for row in runs[name]], color=colour, marker=marker, linestyle=dash, markersize=4, label=field)
+    runs = {name: records for name, records in grouped(rows, lambda row: row["run"]).items() if name in TRAJECTORIES}
+    figure, axes = plt.subplots(1, len(runs) + 1, figsize=(3.2 * (len(runs) + 1), 3.6), layout="constrained", squeeze=False)
+    *each, last = axes[0]
+    for axis, (name, records), (_, _, colour, marker, dash) in zip(each, runs.items(), styled(runs)):
+        epochs = [row["epoch"] + 1 for row in records]
+        for field, (line, point, dashes) in zip(("a", "positive", "b", "negative", "alpha"), STYLES):
+            axis.plot(epochs, [row[field] for row in records], color=line, marker=point, linestyle=dashes, markersize=4, label=field)
         axis.set_title(name, fontsize=10)
         axis.set_ylim(-0.05, 1.05)
         axis.set_xlabel("epoch")
-    axes[0].set_ylabel("a, b, alpha; mean score")
-    axes[0].legend(fontsize=7, title="positive, negative:\nmean scores", title_fontsize=7)
-    for name, (colour, marker, dash) in zip(shown, STYLES):
-        axes[-1].plot(epochs, [row["test_auc"] for row in runs[name]], color=colour, marker=marker, linestyle=dash, markersize=4, label=name)
-    axes[-1].set_title("AUC of test pairs", fontsize=10)
-    axes[-1].set_xlabel("epoch")
-    axes[-1].legend(fontsize=7)
+        last.plot(epochs, [row["test_auc"] for row in records], color=colour, marker=marker, linestyle=dash, markersize=4, label=name)
+    axes[0, 0].set_ylabel("a, b, alpha; mean score")
+    last.set_title("AUC of test pairs", fontsize=10)
+    last.set_xlabel("epoch")
+    if runs:
+        axes[0, 0].legend(fontsize=7, title="positive, negative:\nmean scores", title_fontsize=7)
+        last.legend(fontsize=7)
     return figure
 
 
 def draw_bias(plt, rows):
     """Bias, its part that no step size mends, and standard deviation of minibatch gradients against the batch size."""
+    titles = {"bias": "bias: |E g - G| / |G|", "tangent": "tangent of the angle between E g and G",
+              "deviation": "standard deviation of g / |G|"}
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
-    for (name, points), (colour, marker, dash) in zip(grouped(rows, lambda row: row["loss"]).items(), STYLES):
-        sizes = [row["batch_size"] for row in points]
-        for axis, field in zip(axes, ("bias", "direction")):
-            low, value, high = ([max(row[f"{field}{end}"], 1e-4) for row in points] for end in ("_low", "", "_high"))
+    for axis, (field, title) in zip(axes, titles.items()):
+        for name, points, colour, marker, dash in styled(grouped(rows, lambda row: row["loss"])):
+            sizes = [row["batch_size"] for row in points]
+            value, low, high = ([max(row[field + end], LOWEST) for row in points] for end in ("", "_low", "_high"))
             axis.plot(sizes, value, color=colour, marker=marker, linestyle=dash, markersize=5, label=name)
             axis.fill_between(sizes, low, high, color=colour, alpha=0.12, linewidth=0)
-        axes[2].plot(sizes, [row["deviation"] for row in points], color=colour, marker=marker, linestyle=dash, markersize=5)
-    titles = ("|mean minibatch gradient - population gradient|", "of that, perpendicular to the population gradient",
-              "standard deviation of one minibatch gradient")
-    for axis, title in zip(axes, titles):
         log_axis(axis, "batch size (images)", {row["batch_size"] for row in rows})
         axis.set_yscale("log")
-        axis.set_title(title, fontsize=10)
-    axes[0].set_ylabel("relative to the population gradient's norm")
-    axes[0].legend(fontsize=8, title="shaded: 95 % interval; 0 is drawn at 1e-4", title_fontsize=8)
+        axis.set_ylabel(title)
+    axes[0].legend(fontsize=8, title=f"g: minibatch gradient, G: the population's\nshaded: 95 % interval; below {LOWEST:g}: drawn there",
+                   title_fontsize=8)
     return figure
 
 
 def draw_objective(plt, rows):
     """Time and extra memory of forward and backward pass against the number of images."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for (name, points), (colour, marker, dash) in zip(grouped(rows, lambda row: row["loss"]).items(), STYLES):
+    for name, points, colour, marker, dash in styled(grouped(rows, lambda row: row["loss"])):
         images = [row["images"] for row in points]
         tail = [(row["images"], row["seconds"]) for row in points if row["images"] >= FIT_FROM]
         label = f"{name}: n^{fitted_exponent(*zip(*tail)):.2f}" if len(tail) > 1 else name
@@ -194,8 +204,11 @@ def main(argv=None):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     for name, draw in found.items():
-        rows = read(args.folder / f"{PICTURES[name][0]}.csv")
-        figure = draw(plt, rows)
+        table = args.folder / f"{PICTURES[name][0]}.csv"
+        try:
+            figure = draw(plt, read(table))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+            raise utils.UserError(f"{table} is not the table that {name} is drawn from: {error!r}") from error
         for axis in figure.axes:
             axis.grid(alpha=0.3)
         path = args.folder / f"{name}.{args.format}"

@@ -7,13 +7,16 @@
     python benchmarks/pictures.py cifar/results/studies                         # then: pictures of all tables
 
 Studies: STUDIES below, or a JSON list of objects with "name", "flags" (of cifar/main.py) and, for a loss other than AUC-CL, "loss"
-(a class of lightly.loss, or ClosedForm) and "options" (its arguments). The same command again goes on where it stopped, inside a
-run too. Written below --output_dir: STUDY.csv, a row an epoch and run, with the linear accuracy in a run's last; STUDY/NAME/, the
-run's log. A finished run's checkpoint is removed unless --keep_checkpoints is given.
+(a class of lightly.loss, or ClosedForm) and "options" (arguments of lightly's class). The same command again goes on where it
+stopped, inside a run too; the same command beside it, in another process, takes the next run that nobody works on. Written below
+--output_dir: STUDY.csv, a row an epoch and run, with the linear accuracy in a run's last; STUDY/NAME/, the run's log. A finished
+run's checkpoint is removed unless --keep_checkpoints is given.
 """
+import contextlib
 import csv
+import fcntl
 import json
-import math
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +27,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 import utils  # noqa: E402
-from auccl_loss import SCORES, AUCCLLoss, symmetric_moments, unit_rows  # noqa: E402
+from auccl_loss import SCORES, AUCCLLoss, unit_rows  # noqa: E402
 from cifar import main as cifar  # noqa: E402
 from cifar.data import load_data  # noqa: E402
 from eval_linear import fit_logistic  # noqa: E402
@@ -33,8 +36,10 @@ RESULTS = Path(__file__).resolve().parents[1] / "cifar" / "results" / "studies"
 L2 = 1e-3       # of the linear probe, the same for all runs
 SUBSET = 7      # random stream: which images
 BATCH_SIZES = (256, 64, 512, 16, 1024, 128, 32)
-COLUMNS = ("run", "loss", "options", "batch_size", "epochs", "lr", "projector", "seed")  # then, of AUC-CL alone, empty for a default:
-OF_THE_WEIGHTS = ("weights_lr", "negative_weight", "margin_negative_weight", "learn", "score")
+SHARED = ("dataset", "data_path", "image_size")     # flags that all runs of a study have in common
+COLUMNS = ("run", "loss", "options", "preset", "batch_size", "epochs", "lr", "projector", "seed")
+OF_AUCCL = ("weights_lr", "negative_weight", "margin_negative_weight", "learn", "score")  # columns; empty for a default
+OTHER_TABLES = ("bias", "objective")                # names that pictures.py reads something else under
 
 
 class Config(NamedTuple):
@@ -54,30 +59,41 @@ class Study(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------------------------ losses
 
+def peer_loss(name: str, options: dict) -> nn.Module:
+    """lightly's loss of that name. UserError if it, or lightly, is not there, or refuses the options."""
+    try:
+        from lightly import loss
+    except ImportError as error:
+        raise utils.UserError(f"{name} is a loss of the library lightly, which is not installed: pip install lightly") from error
+    try:
+        return getattr(loss, name)(**options)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise utils.UserError(f"loss {name} with {options}: {error}") from error
+
+
 class Peer(nn.Module):
-    """A loss of lightly in AUCCLLoss's place: float32 under autocast as well, and the mean scores for the record."""
+    """A loss of lightly in AUCCLLoss's place: in float32 under autocast too, and with the mean scores for the record."""
 
     def __init__(self, name: str, options: dict):
         super().__init__()
-        try:
-            from lightly import loss
-        except ImportError as error:
-            raise utils.UserError(f"{name} is a loss of the library lightly, which is not installed: pip install lightly") from error
-        try:
-            self.loss = getattr(loss, name)(**options)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise utils.UserError(f"loss {name} with {options}: {error}") from error
+        self.loss = peer_loss(name, options)
 
     def forward(self, z0, z1):
         with torch.autocast(z0.device.type, enabled=False):
             z0, z1 = z0.float(), z1.float()
-            with torch.no_grad():
-                moments = symmetric_moments(unit_rows(z0), unit_rows(z1))
-            self.means = torch.stack([moments.positive_mean, moments.negative_mean])
+            self.means = mean_cosines(z0.detach(), z1.detach())
             return self.loss(z0, z1)
 
     def param_groups(self, lr, adaptive=False):
         return []
+
+
+def mean_cosines(z0, z1):
+    """Of positive and of negative pairs, [2]."""
+    n, z0, z1 = len(z0), unit_rows(z0), unit_rows(z1)
+    positive = (z0 * z1).sum()
+    pairs = (z0 + z1).sum(0).square().sum()             # of all ordered pairs of views, each with itself included
+    return torch.stack([positive / n, (pairs - 2 * n - 2 * positive) / (2 * n * (2 * n - 2))])
 
 
 class ClosedForm(AUCCLLoss):
@@ -85,51 +101,70 @@ class ClosedForm(AUCCLLoss):
 
     def _objective(self, moments):
         s, t = SCORES[self.score]
+        kappa = moments.negatives if self.margin_negative_weight == "sum" else self.margin_negative_weight
         with torch.no_grad():
             self.a.copy_(s * moments.positive_mean + t)
             self.b.copy_(s * moments.negative_mean + t)
-            self.alpha.copy_(self.margin - self.a + self.margin_negative_weight * self.b)
+            self.alpha.copy_(self.margin - self.a + kappa * self.b)
         return super()._objective(moments)
 
 
-def make_criterion(config: Config):
-    """The loss of a configuration; None for the one that cifar/main.py builds from its flags."""
-    if config.loss == "AUCCLLoss":
-        return None
-    if config.loss == "ClosedForm":
-        return ClosedForm(learn=(), **config.options)
-    return Peer(config.loss, config.options)
+def make_criterion(config: Config, args) -> nn.Module:
+    """The loss of a configuration. UserError if it does not exist, or refuses its arguments or a pair of views."""
+    given = {name: value for name in cifar.PAPER_ONLY if (value := getattr(args, name)) is not None}
+    if config.loss in ("AUCCLLoss", "ClosedForm"):
+        if config.options:
+            raise utils.UserError(f"run {config.name}: {config.loss} takes flags, not options; move {', '.join(config.options)} to flags")
+        if config.loss == "AUCCLLoss":
+            return cifar.build_criterion(args)
+        try:
+            return ClosedForm(learn=(), **given)
+        except ValueError as error:
+            raise utils.UserError(f"run {config.name}: {error}") from error
+    if given:
+        raise utils.UserError(f"run {config.name}: {', '.join(given)} mean nothing to {config.loss}; give them to runs of AUC-CL alone")
+    peer = Peer(config.loss, config.options)
+    try:
+        loss = peer(*torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0)))
+    except Exception as error:  # whatever a foreign class raises
+        raise utils.UserError(f"lightly's {config.loss} does not take two views: {error}") from error
+    if loss.shape != ():
+        raise utils.UserError(f"lightly's {config.loss} is no loss of two views: its value has shape {list(loss.shape)}")
+    return peer
 
 
 # ----------------------------------------------------------------------------------------------------------------- studies
 
-# Of each method what won its trials (`tuning`), at batch 256: (loss, options, flags).
+# Of each method what won its trials (`tuning`), at batch 256: (loss, options, flags). By the sum of k-NN and linear accuracy, first
+# among settings at lr 2e-3, then among learning rates; but AUC-CL keeps the projector that costs as much as the others'.
 METHODS = {
-    "AUC-CL": ("AUCCLLoss", {}, {"projector": "2048 1024", "lr": 4e-3, "weights_lr": 1e-3}),
-    "NT-Xent": ("NTXentLoss", {"temperature": 0.2}, {"projector": "2048 1024", "lr": 2e-3}),
-    "DCL": ("DCLLoss", {"temperature": 0.2}, {"projector": "2048 1024", "lr": 2e-3}),
-    "Barlow Twins": ("BarlowTwinsLoss", {"lambda_param": 0.005}, {"projector": "2048 1024", "lr": 2e-3}),
+    "AUC-CL": ("AUCCLLoss", {}, {"projector": "2048 1024", "lr": 8e-3, "weights_lr": 1e-3}),
+    "NT-Xent": ("NTXentLoss", {"temperature": 0.1}, {"projector": "2048 1024", "lr": 8e-3}),
+    "DCL": ("DCLLoss", {"temperature": 0.1}, {"projector": "2048 1024", "lr": 8e-3}),
+    "Barlow Twins": ("BarlowTwinsLoss", {"lambda_param": 0.005}, {"projector": "2048 1024", "lr": 4e-3}),
     "VICReg": ("VICRegLoss", {}, {"projector": "2048 1024", "lr": 2e-3}),
 }
 
 
 def tuning() -> list[Config]:
-    """Trials of each method at batch 256, six of AUC-CL and seven of each peer: four learning rates at its usual setting, then one
-    change at a time of what its papers vary (temperature, weights of the terms) and of the projector."""
+    """Trials of each method at batch 256: four learning rates at its usual setting, one change at a time of what its papers vary
+    (temperature, weights of the terms) and of the projector, and for the softmax losses their winners together. AUC-CL's own weights
+    had theirs in results/README.md and in `ablation`."""
     wide, narrow, deep = "2048 1024", "512 128", "2048 2048 2048"
     softmax = [({"temperature": 0.1}, wide), ({"temperature": 0.5}, wide), ({"temperature": 0.2}, narrow)]
-    trials = {  # loss -> usual options, changes
-        "AUCCLLoss": ({}, [({}, narrow), ({}, deep)]),
-        "NTXentLoss": ({"temperature": 0.2}, softmax),
-        "DCLLoss": ({"temperature": 0.2}, softmax),
+    together = [({"temperature": 0.1}, wide, 8e-3)]
+    trials = {  # loss -> usual options, changes at lr 2e-3, more
+        "AUCCLLoss": ({}, [({}, narrow), ({}, deep)], []),
+        "NTXentLoss": ({"temperature": 0.2}, softmax, together),
+        "DCLLoss": ({"temperature": 0.2}, softmax, together),
         "BarlowTwinsLoss": ({"lambda_param": 0.005},
-                            [({"lambda_param": 0.02}, wide), ({"lambda_param": 0.005}, narrow), ({"lambda_param": 0.005}, deep)]),
-        "VICRegLoss": ({}, [({"nu_param": 4.0}, wide), ({}, narrow), ({}, deep)]),
+                            [({"lambda_param": 0.02}, wide), ({"lambda_param": 0.005}, narrow), ({"lambda_param": 0.005}, deep)], []),
+        "VICRegLoss": ({}, [({"nu_param": 4.0}, wide), ({}, narrow), ({}, deep)], []),
     }
     configs = []
-    for loss, (usual, changes) in trials.items():
-        settings = [(usual, wide, lr) for lr in (1e-3, 2e-3, 4e-3, 8e-3)] + [(options, projector, 2e-3) for options, projector in changes]
-        for options, projector, lr in settings:
+    for loss, (usual, changes, more) in trials.items():
+        rates = [(usual, wide, lr) for lr in (1e-3, 2e-3, 4e-3, 8e-3)]
+        for options, projector, lr in (*rates, *((*change, 2e-3) for change in changes), *more):
             name = "_".join([loss, *(f"{k}{v:g}" for k, v in options.items()), projector.replace(" ", "-"), f"lr{lr:g}"])
             configs.append(Config(name, {"projector": projector, "lr": lr}, loss, options))
     return configs
@@ -138,20 +173,18 @@ def tuning() -> list[Config]:
 def ablation() -> list[Config]:
     """AUC-CL at batch 256, one thing changed at a time: which weights are learned and how fast, nu, kappa, projector, score."""
     changes = {
-        "default": {}, "hold a": {"learn": "b alpha"}, "hold b": {"learn": "a alpha"}, "hold alpha": {"learn": "a b"},
-        "hold all": {"learn": "none"}, "weights_lr 1e-2": {"weights_lr": 1e-2}, "weights_lr 1e-4": {"weights_lr": 1e-4},
+        "default": {}, "weights_lr 1e-2": {"weights_lr": 1e-2},
+        **{f"{name} held, weights_lr 1e-2": {"learn": others, "weights_lr": 1e-2}  # at 1e-3 they hardly move in so short a run
+           for name, others in (("a", "b alpha"), ("b", "a alpha"), ("alpha", "a b"))},
         "unit score": {"score": "unit"}, "unit score, nu 64": {"score": "unit", "negative_weight": 64},
         **{f"nu {nu}, kappa 1": {"negative_weight": nu} for nu in (1, 2, 4, 8, 32, 64, "sum")},
         **{f"nu {nu}, kappa nu": {"negative_weight": nu, "margin_negative_weight": nu} for nu in (2, 4, 8, 16, 32, "sum")},
-        **{f"projector {width}-{width // 2}": {"projector": f"{width} {width // 2}"} for width in (64, 128, 256, 512, 1024, 4096)},
+        **{f"projector {width}-{width // 2}": {"projector": f"{width} {width // 2}"} for width in (64, 128, 256, 512, 1024)},
     }
     usual = METHODS["AUC-CL"][2]
-    configs = [Config(name, usual | flags) for name, flags in changes.items()]
-    for config in configs:
-        if config.flags.get("learn") == "none":
-            del config.flags["weights_lr"]
     held = {name: value for name, value in usual.items() if name != "weights_lr"} | {"learn": "none"}
-    return configs + [Config("closed form", held, "ClosedForm")]
+    return [Config(name, usual | flags) for name, flags in changes.items()] + [
+        Config("all held", held), Config("closed form", held, "ClosedForm")]
 
 
 def batch_size(seeds=(0, 1)) -> list[Config]:
@@ -162,7 +195,7 @@ def batch_size(seeds=(0, 1)) -> list[Config]:
 
 
 def convergence() -> list[Config]:
-    """Every method and the released preset, at batch 256 on all images."""
+    """Every method at batch 256 on all images, and the released preset with its own recipe."""
     return [Config(name, flags, loss, options) for name, (loss, options, flags) in METHODS.items()] + [
         Config("released-cifar", {"preset": "released-cifar", "warmup_epochs": 0})]
 
@@ -179,15 +212,18 @@ def read_study(name: str) -> tuple[str, Study]:
     if name in STUDIES:
         return name, STUDIES[name]
     path = Path(name)
-    if path.suffix != ".json":
-        raise utils.UserError(f"no study {name!r}: choose from {', '.join(STUDIES)}, or name a .json file")
+    if path.suffix != ".json" or path.stem in (*STUDIES, *OTHER_TABLES):
+        raise utils.UserError(f"no study {name!r}: choose from {', '.join(STUDIES)}, or name a .json file, called otherwise than these, "
+                              f"{' and '.join(OTHER_TABLES)}")
     try:
         configs = [Config(**entry) for entry in json.loads(path.read_text())]
     except (OSError, ValueError, TypeError) as error:
         raise utils.UserError(f"cannot read runs from {path}: {error}") from error
-    names = {config.name for config in configs if isinstance(config.name, str) and Path(config.name).name == config.name}
+    if not all(isinstance(config.flags, dict) and isinstance(config.options, dict) and isinstance(config.loss, str) for config in configs):
+        raise utils.UserError(f"cannot read runs from {path}: flags and options must be objects, loss a name")
+    names = {config.name for config in configs if isinstance(config.name, str) and re.fullmatch(r"[\w .,+-]*\w[\w .,+-]*", config.name)}
     if not configs or len(names) < len(configs):
-        raise utils.UserError(f"{path} must list at least one run, each with a name of its own that a folder can have")
+        raise utils.UserError(f"{path} must list at least one run, each with a name of its own of letters, digits, spaces and . , + -")
     return path.stem, Study(configs)
 
 
@@ -197,19 +233,22 @@ def subset(data, images: int):
     """`images` of the training images, the same number of every class and the same ones in every run; all for 0."""
     if images == 0:
         return data
-    classes = int(data.bank_labels.max()) + 1
-    each = images // classes
-    if each < 1 or each > int(data.bank_labels.bincount().min()):
-        raise utils.UserError(f"--images {images} are {each} of every class; the smallest class has {int(data.bank_labels.bincount().min())}")
+    counts = data.bank_labels.bincount()
+    each = images // len(counts)
+    if not 1 <= each <= int(counts.min()):
+        raise utils.UserError(f"--images {images} makes {each} of each of {len(counts)} classes; the smallest has {int(counts.min())}")
     rows, _ = utils.split_by_class(data.bank_labels, lambda n: each, torch.Generator().manual_seed(utils.stream_seed(SUBSET)))
     rows = rows.sort().values
     return data._replace(train=data.bank[rows], bank=data.bank[rows], bank_labels=data.bank_labels[rows])
 
 
 def arguments(config: Config, common: list[str], folder: Path):
-    """cifar/main.py's parsed flags of a run."""
+    """cifar/main.py's parsed flags of a run. UserError names the run whose flags are wrong."""
     flags = [part for name, value in config.flags.items() for part in (f"--{name}", *str(value).split())]
-    return cifar.parse_args([*common, *flags, "--output_dir", str(folder)])
+    try:
+        return cifar.parse_args([*common, *flags, "--output_dir", str(folder)])
+    except utils.UserError as error:
+        raise utils.UserError(f"run {config.name}: {error}") from error
 
 
 def linear_accuracy(run) -> float:
@@ -223,48 +262,74 @@ def linear_accuracy(run) -> float:
         return 100 * (head(test).argmax(1).cpu() == data.test_labels).double().mean().item()
 
 
+@contextlib.contextmanager
+def locked(path: Path, wait: bool):
+    """Holds the lock that `path` stands for, until the block or the process ends; yields whether it could be had."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except BlockingIOError:
+            held = False
+        yield held
+
+
+def read_json(path: Path) -> dict:
+    """A file that this script has written. UserError if it is damaged."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise utils.UserError(f"cannot read {path}: {error}; move its folder away") from error
+    if not isinstance(value, dict):
+        raise utils.UserError(f"{path} is not what this script writes; move its folder away")
+    return value
+
+
 def train(config: Config, args, data, keep_checkpoints: bool) -> None:
     """Trains a configuration to its end and writes result.json. UserError if its folder holds a run of another."""
-    folder = utils.make_output_dir(args.output_dir)
-    described, saved = {**config._asdict(), "args": utils.plain(args), "images": len(data.train)}, folder / "config.json"
-    for name in ("output_dir", "data_path"):
-        del described["args"][name]
-    if saved.exists() and json.loads(saved.read_text()) != described:
+    folder = args.output_dir
+    described = {"loss": config.loss, "options": config.options, "data": cifar.fingerprint(data),
+                 "args": {name: value for name, value in utils.plain(args).items() if name not in cifar.FREE_ON_RESUME}}
+    if (folder / "config.json").exists() and read_json(folder / "config.json") != described:
         raise utils.UserError(f"{folder} holds a run of another configuration; choose another --output_dir or move it away")
-    utils.replace_file(saved, lambda file: json.dump(described, file, indent=1))
-    if (folder / "result.json").exists():
-        return
-    run, _ = cifar.train(args, data, make_criterion(config))
-    result = {"linear": linear_accuracy(run)}
-    utils.replace_file(folder / "result.json", lambda file: json.dump(result, file))
+    utils.replace_file(folder / "config.json", lambda file: json.dump(described, file, indent=1))
+    if not (folder / "result.json").exists():
+        run, _ = cifar.train(args, data, make_criterion(config, args))
+        result = {"linear": linear_accuracy(run)}
+        utils.replace_file(folder / "result.json", lambda file: json.dump(result, file))
+        print(f"{config.name}: linear accuracy {result['linear']:.2f}", flush=True)
     if not keep_checkpoints:
-        (folder / "checkpoint.pth").unlink()
-    print(f"{config.name}: linear accuracy {result['linear']:.2f}", flush=True)
+        (folder / "checkpoint.pth").unlink(missing_ok=True)
 
 
 def write_table(configs: list[Config], folder: Path, path: Path) -> None:
     """The CSV of all runs so far, from their logs: a row an epoch."""
-    rows = []
-    for config in configs:
-        described = folder / config.name / "config.json"
-        if not described.exists():
-            continue
-        flags = json.loads(described.read_text())["args"]
-        own = {"run": config.name, "loss": config.loss, "options": json.dumps(config.options)}
-        for name in (*COLUMNS[3:], *(OF_THE_WEIGHTS if config.loss == "AUCCLLoss" else ())):
-            own[name] = " ".join(map(str, flags[name])) if isinstance(flags[name], list) else flags[name]
-        records = utils.read_records(folder / config.name / "log.txt")
-        finished = folder / config.name / "result.json"
-        for record in records:
-            last = finished.exists() and record is records[-1]
-            rows.append(own | record | (json.loads(finished.read_text()) if last else {}))
-    columns = list(dict.fromkeys((*COLUMNS, *OF_THE_WEIGHTS, *(name for row in rows for name in row))))
+    with locked(folder / "table.lock", wait=True):  # another process must not put an older table in the place of this one
+        rows = [row for config in configs for row in run_rows(config, folder / config.name)]
+        columns = list(dict.fromkeys((*COLUMNS, *OF_AUCCL, *(name for row in rows for name in row))))
 
-    def write(file):
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    utils.replace_file(path, write)
+        def write(file):
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        utils.replace_file(path, write)
+
+
+def run_rows(config: Config, folder: Path) -> list[dict]:
+    """A run's rows of the table; none before it has begun."""
+    if not (folder / "config.json").exists():
+        return []
+    described, records = read_json(folder / "config.json"), utils.read_records(folder / "log.txt")
+    own = {"run": config.name, "loss": config.loss, "options": json.dumps(config.options) if config.options else None}
+    for name in (*COLUMNS[3:], *(OF_AUCCL if config.loss == "AUCCLLoss" else ())):
+        value = described["args"][name]
+        own[name] = " ".join(map(str, value)) if isinstance(value, list) else value
+    rows = [own | record for record in records]
+    if (folder / "result.json").exists():
+        if not rows:
+            raise utils.UserError(f"the run in {folder} is finished, but its log.txt is gone; move the folder away to run it again")
+        rows[-1] |= read_json(folder / "result.json")
+    return rows
 
 
 def main(argv=None):
@@ -272,23 +337,40 @@ def main(argv=None):
     add = parser.add_argument
     add("study", help=f"{', '.join(STUDIES)}, or a .json file")
     add("--images", type=utils.non_negative_int, help="training images, as many of every class; 0: all (default: the study's)")
-    add("--part", type=utils.positive_int, nargs=2, default=(1, 1), metavar=("I", "N"), help="run I of every N configurations, "
-        "to share a study between N processes")
     add("--keep_checkpoints", action="store_true", help="of finished runs too")
     add("--output_dir", type=Path, default=RESULTS, help="where to write")
     args, common = parser.parse_known_args(argv)
-    if args.part[0] > args.part[1]:
-        raise utils.UserError(f"--part {args.part[0]} {args.part[1]}: the first number counts up to the second")
     name, study = read_study(args.study)
-    folder = utils.make_output_dir(args.output_dir / name)
+    output = utils.make_output_dir(args.output_dir)
+    folder = utils.make_output_dir(output / name)
     runs = [(config, arguments(config, [*study.flags, *common], folder / config.name)) for config in study.configs]
-    images = study.images if args.images is None else args.images
+    check(runs)
     shared = runs[0][1]
-    data = subset(load_data(shared.dataset, shared.data_path, shared.image_size), images)
-    for config, flags in runs[args.part[0] - 1::args.part[1]]:
-        train(config, flags, data, args.keep_checkpoints)
-        write_table(study.configs, folder, args.output_dir / f"{name}.csv")
-    print(f"table: {args.output_dir / name}.csv", flush=True)
+    data = subset(load_data(shared.dataset, shared.data_path, shared.image_size), study.images if args.images is None else args.images)
+    if too_large := [config.name for config, flags in runs if flags.batch_size * flags.accum_iter > len(data.train)]:
+        raise utils.UserError(f"the batch of {', '.join(too_large)} is larger than the data set's {len(data.train)} images")
+    failed = []
+    for config, flags in runs:
+        with locked(utils.make_output_dir(flags.output_dir) / "run.lock", wait=False) as mine:
+            if not mine:
+                continue
+            try:
+                train(config, flags, data, args.keep_checkpoints)
+            except utils.UserError as error:  # a run that diverged says nothing of the others
+                failed.append(config.name)
+                print(f"{config.name}: {error}", file=sys.stderr, flush=True)
+        write_table(study.configs, folder, output / f"{name}.csv")
+    print(f"table: {output / name}.csv", flush=True)
+    if failed:
+        raise utils.UserError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; why stands above")
+
+
+def check(runs) -> None:
+    """UserError for what would stop a run hours later: a loss that is not there, or runs that ask for different data."""
+    for config, args in runs:
+        make_criterion(config, args)
+        if other := [f"--{name}" for name in SHARED if getattr(args, name) != getattr(runs[0][1], name)]:
+            raise utils.UserError(f"run {config.name} has a {' and '.join(other)} of its own; a study's runs see the same data")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 The same command again resumes. Everything is written below --output_dir: checkpoint.pth, log.txt (a JSON record an epoch), the
 same records as ..._statistics.csv and for TensorBoard, and curves.png at the end.
 """
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -118,7 +119,7 @@ class Run:
         self.data = data or load_data(args.dataset, args.data_path, args.image_size)
         if len(self.data.test) < 2:
             raise utils.UserError(f"the test set has {len(self.data.test)} image; the AUC of its pairs needs at least two")
-        self.fingerprint = [len(self.data.train), self.data.train.sum(dtype=torch.int64).item()]  # a resume must see the same data
+        self.fingerprint = fingerprint(self.data)  # a resume must see the same data
         self.steps = len(self.data.train) // (args.batch_size * args.accum_iter)  # per epoch
         if self.steps == 0:
             raise utils.UserError(f"a batch of {args.batch_size} x {args.accum_iter} images is larger than the data set's "
@@ -167,6 +168,11 @@ class Run:
 
     def autocast(self):
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+
+def fingerprint(data: ImageData) -> list[int]:
+    """Two numbers that differ between different training images, but for chance."""
+    return [len(data.train), data.train.sum(dtype=torch.int64).item()]
 
 
 def build_criterion(args):
@@ -267,7 +273,6 @@ def train(args, data: ImageData | None = None, criterion: torch.nn.Module | None
     if state:
         run.load_state_dict(state, checkpoint)
     log = utils.RunLog(folder, (run.epoch, run.step), csv_name=f"{folder.name}_statistics.csv")
-    interruption = utils.Interruption()
     parameters = sum(p.numel() for p in run.model.parameters())
     print(f"{args.dataset}: {len(run.data.train)} images; {args.arch}, {parameters / 1e6:.1f} M parameters; {run.device}, "
           f"{run.amp_dtype or torch.float32}; epoch {run.epoch}, step {run.step}; {folder}", flush=True)
@@ -275,20 +280,21 @@ def train(args, data: ImageData | None = None, criterion: torch.nn.Module | None
     def save():
         run.check_finite()
         utils.save_checkpoint(run.state_dict(), checkpoint)
-    if state is None:
-        save()  # from now on a log has its checkpoint
-    while run.epoch < args.epochs:
-        train_epoch(run, save, interruption)
-        run.check_finite()
-        started = time.monotonic()
-        evaluation = evaluate(run)
-        run.seconds += run.epoch_seconds + time.monotonic() - started
-        log.write(make_record(run, evaluation))
-        run.epoch, run.step, run.epoch_seconds = run.epoch + 1, 0, 0.0
-        run.sums.zero_()
-        save()
-        if interruption.signal:
-            interruption.leave(f"saved after epoch {run.epoch}; the same command resumes")
+    with contextlib.closing(utils.Interruption()) as interruption:
+        if state is None:
+            save()  # from now on a log has its checkpoint
+        while run.epoch < args.epochs:
+            train_epoch(run, save, interruption)
+            run.check_finite()
+            started = time.monotonic()
+            evaluation = evaluate(run)
+            run.seconds += run.epoch_seconds + time.monotonic() - started
+            log.write(make_record(run, evaluation))
+            run.epoch, run.step, run.epoch_seconds = run.epoch + 1, 0, 0.0
+            run.sums.zero_()
+            save()
+            if interruption.signal:
+                interruption.leave(f"saved after epoch {run.epoch}; the same command resumes")
     if not log.records:
         raise utils.UserError(f"the run in {folder} is finished, but its log.txt is gone; choose another --output_dir to run it again")
     return run, log.records

@@ -1,7 +1,12 @@
 """The studies in benchmarks/: the driver, the bias estimate and the pictures."""
 import csv
+import fcntl
 import itertools
 import json
+import os
+import signal
+import sys
+import types
 
 import pytest
 import torch
@@ -30,11 +35,10 @@ def shapes():
 def driver(shapes, tmp_path, monkeypatch):
     """Runs the driver on RUNS as a user would; the rows of its table."""
     monkeypatch.setattr(study, "load_data", lambda *args: shapes)
-    runs = tmp_path / "runs.json"
-    runs.write_text(json.dumps(RUNS))
-
-    def run(*flags, output="out"):
-        study.main([str(runs), *FLAGS, "--output_dir", str(tmp_path / output), *flags])
+    def run(*flags, output="out", runs=RUNS):
+        path = tmp_path / "runs.json"
+        path.write_text(json.dumps(runs))
+        study.main([str(path), *FLAGS, "--output_dir", str(tmp_path / output), *flags])
         with open(tmp_path / output / "runs.csv", newline="") as file:
             return [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(file)]
     run.folder = tmp_path
@@ -67,31 +71,126 @@ def test_a_study_cut_off_goes_on_where_it_was(driver, monkeypatch):
     assert driver() == expected and len(calls) == 5  # the finished run was not touched, the other went on
 
 
-def test_parts_share_a_study(driver):
-    assert {row["run"] for row in driver("--part", "2", "2")} == {"closed"}
-    assert {row["run"] for row in driver("--part", "1", "2")} == {"learned", "closed"}
+def test_a_process_beside_takes_the_runs_that_nobody_holds(driver):
+    held = driver.folder / "out" / "runs" / "learned"
+    held.mkdir(parents=True)
+    with open(held / "run.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as another process of the same command does
+        assert {row["run"] for row in driver()} == {"closed"}
+    assert {row["run"] for row in driver()} == {"learned", "closed"}
 
 
-def test_another_configuration_in_the_same_folder_is_refused(driver):
-    driver("--part", "1", "2")
-    with pytest.raises(UserError, match="another configuration"):
-        driver("--part", "1", "2", "--seed", "3")
+def test_a_checkpoint_that_a_kill_left_behind_goes_too(driver):
+    expected = driver()
+    left = driver.folder / "out" / "runs" / "closed" / "checkpoint.pth"
+    left.write_text("the process died between result.json and the removal")
+    assert driver() == expected and not left.exists()
+
+
+def test_a_run_that_diverges_does_not_stop_the_others(driver, capsys):
+    runs = [{"name": "wild", "flags": {"lr": 1e9, "warmup_epochs": 0}}, RUNS[0]]
+    with pytest.raises(UserError, match="1 of 2 runs failed: wild"):
+        driver(runs=runs)
+    assert "training diverged" in capsys.readouterr().err
+    assert (driver.folder / "out" / "runs" / "learned" / "result.json").exists()
+
+
+def test_a_signal_between_two_runs_ends_the_study(driver, monkeypatch):
+    def interrupted(run):
+        os.kill(os.getpid(), signal.SIGINT)
+        return 0.0
+    monkeypatch.setattr(study, "linear_accuracy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        driver()
+    assert not (driver.folder / "out" / "runs" / "closed" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+@pytest.mark.parametrize("text", ["", "3"])
+def test_damaged_files_of_a_run(driver, name, text):
+    driver(runs=RUNS[:1])
+    (driver.folder / "out" / "runs" / "learned" / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name}.*move its folder away|failed: learned"):
+        driver(runs=RUNS[:1])
+
+
+def test_a_finished_run_without_its_log(driver):
+    driver(runs=RUNS[:1])
+    (driver.folder / "out" / "runs" / "learned" / "log.txt").unlink()
+    with pytest.raises(UserError, match="log.txt is gone"):
+        driver(runs=RUNS[:1])
+
+
+def test_another_configuration_in_the_same_folder_is_refused(driver, capsys):
+    driver(runs=RUNS[:1])
+    with pytest.raises(UserError, match="1 runs failed"):
+        driver("--seed", "3", runs=RUNS[:1])
+    assert "another configuration" in capsys.readouterr().err
+    driver("--save_every", "1", runs=RUNS[:1])  # changes nothing of the outcome
 
 
 @pytest.mark.parametrize("text, message", [
-    ("[]", "at least one"), ("[1", "cannot read"), ('[{"flags": {}}]', "cannot read"), ('[{"name": "x", "flags": {}, "los": 1}]', "cannot read"),
-    ('[{"name": "x", "flags": {}}, {"name": "x", "flags": {}}]', "a name of its own"), ('[{"name": "../x", "flags": {}}]', "a name of its own")])
-def test_wrong_lists_of_runs(tmp_path, text, message):
-    (tmp_path / "runs.json").write_text(text)
+    ("[]", "at least one"), ("[1", "cannot read"), ('[{"flags": {}}]', "cannot read"), ('[{"name": "x", "flags": null}]', "must be objects"),
+    ('[{"name": "x", "flags": {}, "los": 1}]', "cannot read"), ('[{"name": "../x", "flags": {}}]', "a name of its own"),
+    ('[{"name": "..", "flags": {}}]', "a name of its own"), ('[{"name": "x", "flags": {}}, {"name": "x", "flags": {}}]', "a name of its own"),
+    ('[{"name": "x", "flags": {"lrr": 1}}]', "run x: .*--lrr"), ('[{"name": "x", "flags": {}, "options": {"a": 2}}]', "not options"),
+    ('[{"name": "x", "flags": {"negative_weight": 2}, "loss": "NTXentLoss"}]', "mean nothing to NTXentLoss"),
+    ('[{"name": "x", "flags": {}}, {"name": "y", "flags": {"dataset": "cifar10"}}]', "run y has a --dataset of its own"),
+    ('[{"name": "x", "flags": {"batch_size": 999999}}]', "larger than the data set's")])
+def test_wrong_lists_of_runs(driver, tmp_path, text, message):
+    (tmp_path / "wrong.json").write_text(text)
     with pytest.raises(UserError, match=message):
-        study.main([str(tmp_path / "runs.json"), *FLAGS])
+        study.main([str(tmp_path / "wrong.json"), "--dataset", "shapes", "--images", "0", "--output_dir", str(tmp_path)])
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["nothing"], "no study 'nothing'"), (["tuning", "--part", "3", "2"], "--part 3 2"), (["tuning", "--wrong", "1"], "--wrong")])
+    (["nothing"], "no study 'nothing'"), (["bias.json"], "called otherwise"), (["tuning.json"], "called otherwise"),
+    (["ablation", "--wrong", "1"], "--wrong")])
 def test_wrong_flags(argv, message, tmp_path):
     with pytest.raises(UserError, match=message):
         study.main([*argv, "--output_dir", str(tmp_path)])
+
+
+class Distance(torch.nn.Module):
+    """Stands in for a loss of lightly: the mean squared distance of two views."""
+
+    def __init__(self, weight=1.0):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, z0, z1):
+        return self.weight * (z0 - z1).square().mean()
+
+
+@pytest.fixture
+def lightly(monkeypatch):
+    package = types.ModuleType("lightly")
+    package.loss = types.SimpleNamespace(Distance=Distance, Pairs=lambda: (lambda z0, z1: z0 - z1), Broken=lambda: (lambda z0: z0))
+    monkeypatch.setitem(sys.modules, "lightly", package)
+
+
+def test_a_peer_trains_in_the_same_loop(lightly, driver):
+    rows = driver(runs=[{"name": "peer", "flags": {}, "loss": "Distance", "options": {"weight": 2.0}}])
+    assert rows[-1]["linear"] and rows[0]["options"] == '{"weight": 2.0}' and rows[0]["weights_lr"] == "" and "a" not in rows[0]
+
+
+@pytest.mark.parametrize("loss, options, message", [
+    ("Nothing", {}, "Nothing"), ("Distance", {"wait": 1}, "wait"), ("Broken", {}, "two views"), ("Pairs", {}, r"shape \[8, 4\]")])
+def test_wrong_losses(lightly, driver, loss, options, message):
+    with pytest.raises(UserError, match=message):
+        driver(runs=[{"name": "peer", "flags": {}, "loss": loss, "options": options}])
+
+
+def test_without_lightly(driver, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightly", None)
+    with pytest.raises(UserError, match="pip install lightly"):
+        driver(runs=[{"name": "peer", "flags": {}, "loss": "NTXentLoss"}])
+
+
+def test_mean_cosines():
+    z0, z1 = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    expected = [pairs.mean() for pairs in symmetric_pairs(z0, z1)]
+    torch.testing.assert_close(study.mean_cosines(z0, z1), torch.stack(expected))
 
 
 def test_more_images_than_there_are(driver):
@@ -149,14 +248,30 @@ def test_the_two_ways_to_a_batch_gradient_agree(population):
     torch.testing.assert_close(population.carry(scattered), population.batch_gradient(loss, rows), rtol=1e-10, atol=1e-12)
 
 
-def test_all_cuts_average_to_the_population_for_aucl_and_not_in_closed_form(population):
-    cuts = [((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2))]
-    error = []
-    for loss in losses(population):
-        full = population.carry(population.embedding_gradient(loss, torch.arange(4)))
-        batches = [population.batch_gradient(loss, torch.tensor(rows)) for cut in cuts for rows in cut]
-        error.append(((torch.stack(batches).mean(0) - full).norm() / full.norm()).item())
+def test_all_cuts_average_to_the_population_for_auccl_and_not_in_closed_form(population):
+    error = [exact(population, loss)[0] for loss in losses(population)]
     assert error[0] < 1e-10 and error[1] > 0.01
+
+
+def exact(population, loss, size=2):
+    """Bias, tangent and deviation by all batches of `size` of the four images."""
+    full = population.carry(population.embedding_gradient(loss, torch.arange(4)))
+    batches = torch.stack([population.batch_gradient(loss, torch.tensor(rows)) for rows in itertools.combinations(range(4), size)])
+    mean = batches.mean(0)
+    along = mean @ full / full.norm()
+    spread = (batches - mean).square().sum(1).mean().sqrt()
+    return [(x / full.norm()).item() for x in ((mean - full).norm(), (mean - along * full / full.norm()).norm() * full.norm() / along, spread)]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_study_finds_what_enumeration_finds(population, which):
+    loss = losses(population)[which]
+    args = types.SimpleNamespace(groups=16, cuts=30, draws=200, seed=1)
+    row = bias.study(population, loss, 2, args)
+    for name, expected in zip(bias.FIGURES, exact(population, loss)):
+        low, high = row[f"{name}_low"], row[f"{name}_high"]
+        assert low - (high - low) / 2 <= expected <= high + (high - low) / 2, name     # one in twenty lies outside 95 %
+        assert high - low < 0.5 * max(expected, 0.3), name
 
 
 def test_mean_over_cuts_is_the_mean_over_batches(population):
@@ -168,14 +283,18 @@ def test_mean_over_cuts_is_the_mean_over_batches(population):
     torch.testing.assert_close(population.carry(mean), expected, rtol=1e-10, atol=1e-12)
 
 
-def test_squared_mean_is_free_of_the_variance():
+@pytest.mark.parametrize("length", [0.0, 0.5])
+def test_the_norm_of_a_mean_is_free_of_the_variance(length):
     generator = torch.Generator().manual_seed(0)
-    mean = torch.tensor([0.3, -0.4, 0.0])  # |mean|^2 = 0.25; a plain estimate from 4 draws has 3/4 of variance on top
+    mean = torch.tensor([0.6, -0.8, 0.0]) * length      # a plain estimate from 8 draws has 3/8 of variance on top of its square
     estimates, covered = [], 0
-    for _ in range(2000):
-        rows = mean + torch.randn(4, 3, generator=generator)
+    for _ in range(1000):
+        rows = mean + torch.randn(8, 3, generator=generator)
         estimates.append(bias.squared_mean(rows)[0])
-    assert sum(estimates) / 2000 == pytest.approx(0.25, abs=0.06)
+        _, low, high = bias.norm_of_mean(rows, 1.0)
+        covered += low <= length <= high
+    assert sum(estimates) / 1000 == pytest.approx(length**2, abs=0.03)
+    assert covered > 900
 
 
 def test_jackknife_is_the_textbooks_for_a_plain_product():
@@ -187,18 +306,34 @@ def test_jackknife_is_the_textbooks_for_a_plain_product():
     assert error == pytest.approx((3 / 4 * sum((x - middle) ** 2 for x in without)) ** 0.5)
 
 
-def test_bias_writes_its_table(shapes, tmp_path, monkeypatch):
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.save({"args": {"arch": "tiny", "projector": [16, 8]}, "student": cifar.ContrastiveNet("tiny", (16, 8)).state_dict()}, tmp_path / "c.pth")
+    return tmp_path / "c.pth"
+
+
+def test_bias_writes_its_table(shapes, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(bias, "load_data", lambda *args: shapes)
-    bias.main(["--dataset", "shapes", "--arch", "tiny", "--projector", "16", "8", "--images", "16", "--batch_sizes", "4", "16", "--groups", "4",
-               "--cuts", "1", "--draws", "2", "--temperatures", "--output", str(tmp_path / "bias.csv")])
+    bias.main([str(checkpoint), "--dataset", "shapes", "--images", "16", "--batch_sizes", "4", "16", "--groups", "4", "--cuts", "1",
+               "--draws", "2", "--temperatures", "--output", str(tmp_path / "bias.csv")])
     rows = pictures.read(tmp_path / "bias.csv")
     assert [row["batch_size"] for row in rows] == [4, 16, 4, 16]
-    assert all(row["bias"] < 1e-3 for row in rows if row["batch_size"] == 16)  # a batch that is the population
+    assert all(row["bias"] < 1e-3 and row["deviation"] < 1e-2 for row in rows if row["batch_size"] == 16)  # the population itself
 
 
-def test_bias_refuses_batches_that_do_not_divide():
-    with pytest.raises(UserError, match="--batch_sizes 3"):
-        bias.main(["--images", "16", "--batch_sizes", "3", "4"])
+@pytest.mark.parametrize("state", [{}, {"args": None, "student": {}}, {"args": {"arch": "tiny", "projector": [16, 8]}, "student": {"x": 1}}])
+def test_bias_refuses_other_checkpoints(shapes, tmp_path, monkeypatch, state):
+    monkeypatch.setattr(bias, "load_data", lambda *args: shapes)
+    torch.save(state, tmp_path / "wrong.pth")
+    with pytest.raises(UserError, match="wrong.pth"):
+        bias.main([str(tmp_path / "wrong.pth"), "--dataset", "shapes", "--temperatures"])
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--images", "16", "--batch_sizes", "3"], "--batch_sizes 3"), (["--draws", "1"], "--draws"), (["--arch", "small"], "leave out")])
+def test_bias_refuses_wrong_flags(flags, message):
+    with pytest.raises(UserError, match=message):
+        bias.main(["none.pth", *flags])
 
 
 # ----------------------------------------------------------------------------------------------------------------- pictures
@@ -213,15 +348,24 @@ def test_pictures_of_every_kind_of_table(tmp_path):
     def row(run, epoch, last, **more):
         return {"run": run, "epoch": epoch, "test_acc@1": 30 + epoch, "linear": 31 if last else "", "test_auc": 0.9, "a": 1, "b": 0, "alpha": 1,
                 "positive": 0.5, "negative": 0.1, "seconds": 9 * epoch, "batch_size": 256, "projector": "2048 1024"} | more
-    names = ("default", "hold all", "nu 1, kappa 1", "nu sum, kappa 1", "nu 2, kappa nu", "projector 64-32", "closed form")
+    names = ("default", "all held", "nu 1, kappa 1", "nu sum, kappa 1", "nu 2, kappa nu", "projector 64-32", "closed form")
     table("ablation", [row(name, epoch, epoch == 1, projector="64 32" if "64" in name else "2048 1024") for name in names for epoch in (0, 1)])
     table("batch_size", [row(f"{name} b{size} s0", 1, True, batch_size=size) for name in ("AUC-CL", "Barlow Twins") for size in (16, 64)])
     table("convergence", [row("AUC-CL", epoch, epoch == 2) for epoch in range(3)])
-    table("bias", [dict(zip(bias.COLUMNS, ("AUC-CL", size, 0, 0, 0.1, 0, 0, 0.1, 1))) for size in (4, 8)])
+    table("bias", [dict(zip(bias.COLUMNS, (f"loss {loss}", size, *3 * (0, 0, 0.1)))) for loss in range(9) for size in (4, 8)])
     table("objective", [{"loss": "AUC-CL", "images": n, "seconds": n / 1e5, "megabytes": 1} for n in (2048, 4096)])
     pictures.main([str(tmp_path)])
     assert {path.stem for path in tmp_path.glob("*.png")} == set(pictures.PICTURES)
+    table("ablation", [row("b held", 0, False)])
+    pictures.main([str(tmp_path)])  # of a study that has only begun
     assert pictures.method({"run": "Barlow Twins b16 s0"}) == "Barlow Twins"
+
+
+@pytest.mark.parametrize("content", [b"loss,images\n1,2\n", b"\xff\xfe\x00", b"a\n1,2,3\n"])
+def test_pictures_of_something_else(tmp_path, content):
+    (tmp_path / "objective.csv").write_bytes(content)
+    with pytest.raises(UserError, match="not the table"):
+        pictures.main([str(tmp_path)])
 
 
 def test_pictures_of_nothing(tmp_path):
