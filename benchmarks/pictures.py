@@ -16,7 +16,7 @@ import utils  # noqa: E402
 from benchmarks.measure import fitted_exponent  # noqa: E402
 from benchmarks.objective import FIT_FROM  # noqa: E402
 
-TRAJECTORIES = ("default", "weights_lr 1e-2", "all held", "closed form")   # runs of the ablation
+TRAJECTORIES = ("base", "weights_lr 1e-2", "all held", "closed form")   # runs of the ablation
 LOWEST = 1e-3   # of the logarithmic axis of biases, which an estimate of 0 has no place on
 
 # colour, marker, dashes: any one of them tells two lines apart, so that the pictures read in black and white
@@ -105,12 +105,12 @@ def draw_ablation(plt, rows):
     for kappa, (colour, marker, dash) in zip(("1", "nu"), STYLES):
         points = {name.split(",")[0][3:]: row for name, row in final.items()
                   if name.startswith("nu ") and name.endswith(f", kappa {kappa}")}
-        points |= {"16": final["default"]} if kappa == "1" and "default" in final else {}
+        points |= {"16": final["base"]} if kappa == "1" and "base" in final else {}
         order = sorted(points, key=lambda nu: float("inf") if nu == "sum" else float(nu))
         axes[1].plot(order, [points[nu]["test_acc@1"] for nu in order], color=colour, marker=marker, linestyle=dash, label=f"kappa = {kappa}")
-    axes[1].set_xlabel("nu, weight of the negatives' spread; sum: the number of an anchor's negatives")
+    axes[1].set_xlabel("nu, weight of the negatives' spread")
     axes[1].legend(fontsize=8)
-    widths = {int(row["projector"].split()[0]): row for name, row in final.items() if name.startswith(("projector ", "default"))}
+    widths = {int(row["projector"].split()[0]): row for name, row in final.items() if name.startswith(("projector ", "base"))}
     for (field, label), (colour, marker, dash) in zip((("test_acc@1", "k-NN"), ("linear", "linear")), STYLES):
         accuracy = [widths[width][field] for width in sorted(widths)]
         axes[2].plot(sorted(widths), accuracy, color=colour, marker=marker, linestyle=dash, label=label)
@@ -124,7 +124,7 @@ def draw_ablation(plt, rows):
 def draw_trajectories(plt, rows):
     """a, b and alpha with the mean scores that they follow, and the AUC of test pairs, for the ways of setting them."""
     runs = {name: records for name, records in grouped(rows, lambda row: row["run"]).items() if name in TRAJECTORIES}
-    figure, axes = plt.subplots(1, len(runs) + 1, figsize=(3.2 * (len(runs) + 1), 3.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(runs) + 1, figsize=(3.2 * (len(runs) + 1), 3.9), layout="constrained", squeeze=False)
     *each, last = axes[0]
     for axis, (name, records), (_, _, colour, marker, dash) in zip(each, runs.items(), styled(runs)):
         epochs = [row["epoch"] + 1 for row in records]
@@ -134,11 +134,11 @@ def draw_trajectories(plt, rows):
         axis.set_ylim(-0.05, 1.05)
         axis.set_xlabel("epoch")
         last.plot(epochs, [row["test_auc"] for row in records], color=colour, marker=marker, linestyle=dash, markersize=4, label=name)
-    axes[0, 0].set_ylabel("a, b, alpha; mean score")
+    axes[0, 0].set_ylabel("a, b, alpha; mean positive\nand negative score")
     last.set_title("AUC of test pairs", fontsize=10)
     last.set_xlabel("epoch")
     if runs:
-        axes[0, 0].legend(fontsize=7, title="positive, negative:\nmean scores", title_fontsize=7)
+        figure.legend(*each[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
         last.legend(fontsize=7)
     return figure
 

@@ -348,7 +348,7 @@ def test_pictures_of_every_kind_of_table(tmp_path):
     def row(run, epoch, last, **more):
         return {"run": run, "epoch": epoch, "test_acc@1": 30 + epoch, "linear": 31 if last else "", "test_auc": 0.9, "a": 1, "b": 0, "alpha": 1,
                 "positive": 0.5, "negative": 0.1, "seconds": 9 * epoch, "batch_size": 256, "projector": "2048 1024"} | more
-    names = ("default", "all held", "nu 1, kappa 1", "nu sum, kappa 1", "nu 2, kappa nu", "projector 64-32", "closed form")
+    names = ("base", "all held", "nu 1, kappa 1", "nu sum, kappa 1", "nu 2, kappa nu", "projector 64-32", "closed form")
     table("ablation", [row(name, epoch, epoch == 1, projector="64 32" if "64" in name else "2048 1024") for name in names for epoch in (0, 1)])
     table("batch_size", [row(f"{name} b{size} s0", 1, True, batch_size=size) for name in ("AUC-CL", "Barlow Twins") for size in (16, 64)])
     table("convergence", [row("AUC-CL", epoch, epoch == 2) for epoch in range(3)])
