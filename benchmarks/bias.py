@@ -1,8 +1,7 @@
 """Bias and variance of minibatch gradients on real images, for AUC-CL and for NT-Xent (lightly), by batch size.
 
     pip install lightly
-    python cifar/main.py --arch tiny --epochs 5 --dataset folder --data_path DIR --output_dir RUN    # a network to look at
-    python benchmarks/bias.py RUN/checkpoint.pth --dataset folder --data_path DIR                    # its data, as cifar/main.py's flags
+    python benchmarks/bias.py RUN/checkpoint.pth --dataset folder --data_path DIR     # a run of cifar/main.py, a small network; its data
 
 A population is --images training images in two fixed views each, seen by a fixed network: batch norm takes its running statistics,
 so that an embedding depends on its own image alone (with a batch's statistics no loss has unbiased gradients). For every batch size

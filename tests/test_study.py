@@ -13,11 +13,12 @@ import torch
 from auccl_loss import AUCCLLoss
 from benchmarks import bias, pictures, study
 from cifar import main as cifar
+from conftest import ROOT
 from references import surrogate, symmetric_pairs
 from utils import UserError, read_records
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FLAGS = ["--dataset", "shapes", "--images", "200", "--epochs", "2", "--arch", "tiny", "--projector", "16", "8", "--batch_size", "40",
+FLAGS = ["--dataset", "shapes", "--images", "100", "--epochs", "2", "--arch", "tiny", "--projector", "16", "8", "--batch_size", "40",
          "--device", "cpu", "--amp", "none"]
 RUNS = [{"name": "learned", "flags": {"weights_lr": 0.01}}, {"name": "closed", "flags": {"learn": "none"}, "loss": "ClosedForm"}]
 TIMES = ("images_per_s", "seconds")
@@ -220,6 +221,14 @@ def test_batch_size_study_scales_every_rate_by_the_square_root():
     assert by_name["AUC-CL b64 s0"]["weights_lr"] == pytest.approx(study.METHODS["AUC-CL"][2]["weights_lr"] / 2)
 
 
+def test_methods_are_the_best_of_the_published_trials():
+    trials = pictures.last_rows(pictures.read(ROOT / "results" / "studies" / "tuning.csv"))
+    for loss, options, flags in study.METHODS.values():
+        best = max((row for row in trials if row["loss"] == loss), key=lambda row: row["test_acc@1"] + row["linear"])
+        assert (best["projector"], best["lr"]) == (flags["projector"], flags["lr"])
+        assert json.loads(best["options"] or "{}") == options
+
+
 def test_closed_form_is_the_square_surrogate():
     z0, z1 = torch.randn(2, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     criterion = study.ClosedForm(negative_weight=1, learn=()).double()
@@ -338,27 +347,38 @@ def test_bias_refuses_wrong_flags(flags, message):
 
 # ----------------------------------------------------------------------------------------------------------------- pictures
 
-def test_pictures_of_every_kind_of_table(tmp_path):
-    def table(name, rows):
+@pytest.fixture
+def table(tmp_path):
+    def write(name, rows):
         with open(tmp_path / f"{name}.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
+    return write
 
-    def row(run, epoch, last, **more):
-        return {"run": run, "epoch": epoch, "test_acc@1": 30 + epoch, "linear": 31 if last else "", "test_auc": 0.9, "a": 1, "b": 0, "alpha": 1,
-                "positive": 0.5, "negative": 0.1, "seconds": 9 * epoch, "batch_size": 256, "projector": "2048 1024"} | more
+
+def row(run, epoch, last, **more):
+    return {"run": run, "epoch": epoch, "test_acc@1": 30 + epoch, "linear": 31 if last else "", "test_auc": 0.9, "a": 1, "b": 0,
+            "alpha": 1, "positive": 0.5, "negative": 0.1, "seconds": 9 * epoch, "batch_size": 256, "projector": "2048 1024"} | more
+
+
+def test_pictures_of_every_kind_of_table(table, tmp_path):
     names = ("base", "all held", "nu 1, kappa 1", "nu sum, kappa 1", "nu 2, kappa nu", "projector 64-32", "closed form")
-    table("ablation", [row(name, epoch, epoch == 1, projector="64 32" if "64" in name else "2048 1024") for name in names for epoch in (0, 1)])
+    table("ablation", [row(name, epoch, epoch == 1, projector="64 32" if "64" in name else "2048 1024")
+                       for name in names for epoch in (0, 1)])
     table("batch_size", [row(f"{name} b{size} s0", 1, True, batch_size=size) for name in ("AUC-CL", "Barlow Twins") for size in (16, 64)])
     table("convergence", [row("AUC-CL", epoch, epoch == 2) for epoch in range(3)])
     table("bias", [dict(zip(bias.COLUMNS, (f"loss {loss}", size, *3 * (0, 0, 0.1)))) for loss in range(9) for size in (4, 8)])
     table("objective", [{"loss": "AUC-CL", "images": n, "seconds": n / 1e5, "megabytes": 1} for n in (2048, 4096)])
     pictures.main([str(tmp_path)])
     assert {path.stem for path in tmp_path.glob("*.png")} == set(pictures.PICTURES)
-    table("ablation", [row("b held", 0, False)])
-    pictures.main([str(tmp_path)])  # of a study that has only begun
     assert pictures.method({"run": "Barlow Twins b16 s0"}) == "Barlow Twins"
+
+
+def test_pictures_of_a_study_that_has_only_begun(table, tmp_path):
+    table("ablation", [row("b held", 0, False)])
+    pictures.main([str(tmp_path), "--format", "svg"])
+    assert (tmp_path / "ablation.svg").exists()
 
 
 @pytest.mark.parametrize("content", [b"loss,images\n1,2\n", b"\xff\xfe\x00", b"a\n1,2,3\n"])
