@@ -5,6 +5,7 @@
 """
 import csv
 import itertools
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -56,7 +57,7 @@ def last_rows(rows) -> list[dict]:
 
 def method(row) -> str:
     """AUC-CL from the run 'AUC-CL b64 s0'."""
-    return row["run"].split(" b")[0]
+    return re.sub(r" b\d+ s\d+$", "", row["run"])
 
 
 # ----------------------------------------------------------------------------------------------------------------- pictures
@@ -157,8 +158,8 @@ def draw_bias(plt, rows):
         log_axis(axis, "batch size (images)", {row["batch_size"] for row in rows})
         axis.set_yscale("log")
         axis.set_ylabel(title)
-    axes[0].legend(fontsize=8, title=f"g: minibatch gradient, G: the population's\nshaded: 95 % interval; below {LOWEST:g}: drawn there",
-                   title_fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, title_fontsize=8,
+                  title=f"g: minibatch gradient, G: the population's; shaded: 95 % interval; what is below {LOWEST:g} is drawn there")
     return figure
 
 

@@ -198,7 +198,7 @@ def batch_size(seeds=(0, 1)) -> list[Config]:
 def longer() -> list[Config]:
     """Whether it is the number of steps that large batches lack in `batch_size`: AUC-CL and the first of its peers, four times as long."""
     return [Config(f"{name} b{size}", {"batch_size": size} | at_batch_size(flags, size), loss, options)
-            for size in (64, 512) for name, (loss, options, flags) in METHODS.items() if name in ("AUC-CL", "NT-Xent")]
+            for size in (512, 64) for name, (loss, options, flags) in METHODS.items() if name in ("AUC-CL", "NT-Xent")]
 
 
 def at_batch_size(flags: dict, size: int) -> dict:
@@ -219,7 +219,7 @@ def convergence() -> list[Config]:
 SHORT = ("--arch", "tiny", "--warmup_epochs", "0.5", "--epochs")
 STUDIES = {"tuning": Study(tuning(), 10_000, (*SHORT, "5")), "ablation": Study(ablation(), 10_000, (*SHORT, "5")),
            "batch_size": Study(batch_size(), 10_000, (*SHORT, "5")), "longer": Study(longer(), 10_000, (*SHORT, "20")),
-           "convergence": Study(convergence(), 0, (*SHORT, "6"))}
+           "convergence": Study(convergence(), 0, (*SHORT, "5"))}
 
 
 def read_study(name: str) -> tuple[str, Study]:
