@@ -426,9 +426,10 @@ def test_archs_keep_the_resolution_of_small_images(arch):
         features = net.backbone(torch.empty(2, 3, 32, 32))
         assert net(torch.empty(2, 3, 32, 32)).shape == (2, 16)
     assert features.shape == (2, {"resnet50": 2048, "small": 256, "tiny": 64}.get(arch, 512))
-    assert net.backbone.conv1.kernel_size == (3, 3) and net.backbone.conv1.stride == ((2, 2) if arch == "small" else (1, 1))
-    if arch == "small":
-        assert sum(p.numel() for p in net.backbone.parameters()) == pytest.approx(1.2e6, rel=0.03)
+    parameters = {"small": 1.2e6, "tiny": 0.08e6}  # the two for CPUs, with a stem of stride 2
+    assert net.backbone.conv1.kernel_size == (3, 3) and net.backbone.conv1.stride == ((2, 2) if arch in parameters else (1, 1))
+    if arch in parameters:
+        assert sum(p.numel() for p in net.backbone.parameters()) == pytest.approx(parameters[arch], rel=0.04)
 
 
 def test_the_released_projector_is_2048_512_128():
