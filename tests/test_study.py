@@ -107,8 +107,12 @@ def test_a_signal_between_two_runs_ends_the_study(driver, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         return 0.0
     monkeypatch.setattr(study, "linear_accuracy", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        driver()
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, other tests change it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            driver()
+    finally:
+        signal.signal(signal.SIGINT, former)
     assert not (driver.folder / "out" / "runs" / "closed" / "config.json").exists()
 
 
