@@ -248,8 +248,8 @@ class AUCCLLoss(nn.Module):
 
     With nu and kappa independent of the batch, every minibatch gradient is an unbiased estimate of the population's, at any
     batch size: pair means are U-statistics. (Of a network in which an embedding depends on its own image alone; batch norm in
-    training mode makes it depend on the batch, under every loss.) Embeddings are normalised inside; moments are float32 at least, also under
-    autocast. ValueError for fewer than two images, mismatched shapes and non-floating input.
+    training mode makes it depend on the batch, under every loss.) Embeddings are normalised inside; moments are float32 at
+    least, also under autocast. ValueError for fewer than two images, mismatched shapes and non-floating input.
     """
 
     def __init__(self, a: float = 1.0, b: float = 0.0, alpha: float = 1.0, margin: float = 1.0,

@@ -595,6 +595,7 @@ def main(argv=None):
         if args.saveckp_freq and (run.epoch - 1) % args.saveckp_freq == 0:
             save(f"checkpoint{run.epoch - 1:04}.pth")
         save()  # last: a run killed before resumes in front of all that
+    interruption.close()
     if log:
         export_backbone(run, folder / "backbone.safetensors")
         print(f"done: {folder / 'backbone.safetensors'}", flush=True)

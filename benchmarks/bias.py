@@ -18,7 +18,6 @@ the parameters once. The product of the errors of two independent groups has the
 mean over all pairs of --groups groups estimates it, and the jackknife over groups gives the interval. Minibatches are drawn without
 replacement, so at B = N all three are 0: a bias of order 1/B shows as 1/B - 1/N, a variance as (N - B) / (N - 1) of its own.
 """
-import csv
 import math
 import sys
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch import Tensor  # noqa: E402
 
 import utils  # noqa: E402
 from auccl_loss import AUCCLLoss, symmetric_moments, unit_rows  # noqa: E402
+from benchmarks.measure import write_table  # noqa: E402
 from benchmarks.study import RESULTS, ClosedForm, Peer, peer_loss  # noqa: E402
 from cifar import main as cifar  # noqa: E402
 from cifar.data import load_data  # noqa: E402
@@ -157,7 +157,7 @@ def parse_args(argv=None):
         raise utils.UserError(f"--batch_sizes {' '.join(map(str, wrong))}: must be at least 2 and divide --images {args.images}")
     if args.draws < 2:
         raise utils.UserError("--draws must be at least 2: one draw has no variance")
-    if given := [flag for flag in FIXED if flag in common]:
+    if given := [flag for flag in FIXED if any(part.split("=")[0] == flag for part in common)]:
         raise utils.UserError(f"{' '.join(given)}: the network is the checkpoint's, in float32 on the CPU; leave out")
     return args, common
 
@@ -195,12 +195,7 @@ def main(argv=None):
         for size in args.batch_sizes:
             rows.append({"loss": name, "batch_size": size} | study(population, loss, size, args))
             print(utils.format_record(rows[-1]), flush=True)
-
-            def write(file):
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                writer.writerows(rows)
-            utils.replace_file(args.output, write)
+            write_table(args.output, COLUMNS, rows)
     print(f"table: {args.output}", flush=True)
 
 

@@ -1,4 +1,5 @@
 """What the benchmarks share: alternated timing, growth, peak memory of a fresh process, and a line that names the machine."""
+import csv
 import math
 import multiprocessing
 import platform
@@ -6,6 +7,8 @@ import statistics
 import time
 
 import torch
+
+import utils
 
 
 def alternate(functions: dict, runs: int, warmup: int = 1) -> dict:
@@ -31,6 +34,15 @@ def fitted_exponent(x, y) -> float:
     """p of the y = c x^p that fits best, by least squares of the logarithms."""
     x, y = [math.log(value) for value in x], [math.log(value) for value in y]
     return statistics.linear_regression(x, y).slope
+
+
+def write_table(path, columns, rows: list[dict]) -> None:
+    """Replaces the CSV at `path`; see utils.replace_file."""
+    def write(file):
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    utils.replace_file(path, write)
 
 
 def extra_memory(prepare, *args) -> float:

@@ -7,7 +7,6 @@
 For every number n of images, two views [n, D] in float32 with gradient into both. Runs alternate, medians count. Extra memory is
 what a call adds to a fresh process's peak. Written to --output: a CSV that pictures.py draws.
 """
-import csv
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils  # noqa: E402
 from auccl_loss import AUCCLLoss, symmetric_moments, unit_rows  # noqa: E402
-from benchmarks.measure import alternate, extra_memory, fitted_exponent, machine, median_wall  # noqa: E402
+from benchmarks.measure import alternate, extra_memory, fitted_exponent, machine, median_wall, write_table  # noqa: E402
 from benchmarks.study import RESULTS, peer_loss  # noqa: E402
 
 PEERS = {"NT-Xent": "NTXentLoss", "DCL": "DCLLoss", "Barlow Twins": "BarlowTwinsLoss", "VICReg": "VICRegLoss"}
@@ -69,11 +68,6 @@ def main():
         make_loss(name)  # says at once if lightly is missing
     print(f"{machine()}; D = {args.dim}, float32, medians of {args.runs}")
     rows = []
-
-    def write(file):
-        writer = csv.DictWriter(file, ("loss", "images", "seconds", "megabytes"))
-        writer.writeheader()
-        writer.writerows(rows)
     for n in args.images:
         names = [name for name in args.losses if n <= args.quadratic_limit or name not in QUADRATIC]
         times = median_wall(alternate({name: make_step(name, n, args.dim) for name in names}, args.runs, warmup=2))
@@ -82,7 +76,7 @@ def main():
             rows.append({"loss": name, "images": n, "seconds": times[name], "megabytes": memory})
             print(f"n = {n:5}  {name:14} {1e3 * times[name]:9.2f} ms {memory:7.0f} MB   {times[name] / times[names[0]]:6.1f} times "
                   f"{names[0]}", flush=True)
-        utils.replace_file(args.output, write)
+        write_table(args.output, ("loss", "images", "seconds", "megabytes"), rows)
     for name in args.losses:
         points = [(row["images"], row["seconds"]) for row in rows if row["loss"] == name and row["images"] >= FIT_FROM]
         if len(points) > 1:

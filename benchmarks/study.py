@@ -13,7 +13,6 @@ stopped, inside a run too; the same command beside it, in another process, takes
 run's checkpoint is removed unless --keep_checkpoints is given.
 """
 import contextlib
-import csv
 import fcntl
 import json
 import re
@@ -28,6 +27,7 @@ from torch import nn  # noqa: E402
 
 import utils  # noqa: E402
 from auccl_loss import SCORES, AUCCLLoss, unit_rows  # noqa: E402
+from benchmarks import measure  # noqa: E402
 from cifar import main as cifar  # noqa: E402
 from cifar.data import load_data  # noqa: E402
 from eval_linear import fit_logistic  # noqa: E402
@@ -322,12 +322,7 @@ def write_table(configs: list[Config], folder: Path, path: Path) -> None:
     with locked(folder / "table.lock", wait=True):  # another process must not put an older table in the place of this one
         rows = [row for config in configs for row in run_rows(config, folder / config.name)]
         columns = list(dict.fromkeys((*COLUMNS, *OF_AUCCL, *(name for row in rows for name in row))))
-
-        def write(file):
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        utils.replace_file(path, write)
+        measure.write_table(path, columns, rows)
 
 
 def run_rows(config: Config, folder: Path) -> list[dict]:

@@ -36,6 +36,7 @@ def shapes():
 def driver(shapes, tmp_path, monkeypatch):
     """Runs the driver on RUNS as a user would; the rows of its table."""
     monkeypatch.setattr(study, "load_data", lambda *args: shapes)
+
     def run(*flags, output="out", runs=RUNS):
         path = tmp_path / "runs.json"
         path.write_text(json.dumps(runs))
@@ -349,7 +350,7 @@ def test_bias_refuses_other_checkpoints(shapes, tmp_path, monkeypatch, state):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--images", "16", "--batch_sizes", "3"], "--batch_sizes 3"), (["--draws", "1"], "--draws"), (["--arch", "small"], "leave out")])
+    (["--images", "16", "--batch_sizes", "3"], "--batch_sizes 3"), (["--draws", "1"], "--draws"), (["--arch", "small"], "leave out"), (["--arch=small"], "leave out")])
 def test_bias_refuses_wrong_flags(flags, message):
     with pytest.raises(UserError, match=message):
         bias.main(["none.pth", *flags])
