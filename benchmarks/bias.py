@@ -6,7 +6,7 @@
 A population is --images training images in two fixed views each, seen by a fixed network: batch norm takes its running statistics,
 so that an embedding depends on its own image alone (with a batch's statistics no loss has unbiased gradients). For every batch size
 the mean gradient of all network parameters over minibatches is held against that of the loss on the whole population. Written: a
-CSV, a row a loss and batch size, with
+CSV, a row a network, loss and batch size, to which the same command adds what is not there yet, and other networks add theirs, with
 
     bias        |E g - G| / |G|, g the gradient on a minibatch, G the one on the population
     tangent     |part of E g across G| / (part of E g along G), the tangent of their angle: bias that no step size can mend
@@ -18,8 +18,10 @@ the parameters once. The product of the errors of two independent groups has the
 mean over all pairs of --groups groups estimates it, and the jackknife over groups gives the interval. Minibatches are drawn without
 replacement, so at B = N all three are 0: a bias of order 1/B shows as 1/B - 1/N, a variance as (N - B) / (N - 1) of its own.
 """
+import csv
 import math
 import sys
+import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -39,7 +41,8 @@ NORMAL_95 = 1.96                                                # the same for m
 VIEWS, CUTS, DRAWS = 101, 102, 103                              # random streams
 FIXED = ("--arch", "--projector", "--device", "--amp", "--batch_size")
 FIGURES = ("bias", "tangent", "deviation")
-COLUMNS = ("loss", "batch_size", *(figure + end for figure in FIGURES for end in ("", "_low", "_high")))
+KEY = ("network", "loss", "batch_size")
+COLUMNS = (*KEY, "setting", *(figure + end for figure in FIGURES for end in ("", "_low", "_high")))
 
 
 def saddle(z: Tensor) -> dict:
@@ -137,7 +140,7 @@ def study(population: Population, loss, batch_size: int, args) -> dict:
     draws = torch.stack([population.batch_gradient(loss, torch.randperm(count, generator=generator)[:batch_size])
                          for _ in range(args.draws)])
     figures = norm_of_mean(means - full, unit), norm_of_mean(across, along.mean().item()), deviation(draws, unit)
-    return dict(zip(COLUMNS[2:], (value for figure in figures for value in figure), strict=True))
+    return dict(zip(COLUMNS[len(KEY) + 1:], (value for figure in figures for value in figure), strict=True))
 
 
 def parse_args(argv=None):
@@ -151,6 +154,7 @@ def parse_args(argv=None):
     add("--cuts", type=utils.positive_int, default=4, help="of the population into minibatches, in a group")
     add("--draws", type=utils.positive_int, default=64, help="single minibatches for the variance")
     add("--seed", type=utils.non_negative_int, default=0, help="of views and minibatches")
+    add("--network", help="its name in the table (default: that of the checkpoint's folder)")
     add("--output", type=Path, default=RESULTS / "bias.csv", help="the table")
     args, common = parser.parse_known_args(argv)
     if wrong := [size for size in args.batch_sizes if size < 2 or args.images % size]:
@@ -173,6 +177,30 @@ def load_network(path: Path, common: list[str]):
     return cifar.parse_args([*common, *own, "--batch_size", "2", "--amp", "none", "--device", "cpu"]), weights
 
 
+def describe(args, images: Tensor, weights: dict) -> str:
+    """What figures of one network in a table must have in common: flags, images and weights."""
+    flags = ", ".join(f"{name} {getattr(args, name)}" for name in ("images", "groups", "cuts", "draws", "seed"))
+    checksum = 0
+    for x in (images, *weights.values()):
+        checksum = zlib.crc32(x.contiguous().numpy(), checksum)
+    return f"{flags}, checksum {checksum:08x}"
+
+
+def read_table(path: Path, network: str, setting: str) -> dict:
+    """The rows so far, by KEY. UserError if those of `network` have another setting, or it is no table of this script."""
+    if not path.exists():
+        return {}
+    try:
+        with open(path, newline="") as file:
+            rows = {tuple(row[name] for name in KEY): row for row in csv.DictReader(file, strict=True)}
+        others = {row["setting"] for row in rows.values() if row["network"] == network} - {setting}
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise utils.UserError(f"{path} is not a table of this script: {error!r}; choose another --output") from error
+    if others:
+        raise utils.UserError(f"{path} holds figures of {network} with {others.pop()}, not {setting}; choose another --output or --network")
+    return rows
+
+
 def main(argv=None):
     args, common = parse_args(argv)
     flags, weights = load_network(args.checkpoint, common)
@@ -187,15 +215,20 @@ def main(argv=None):
         run.model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise utils.UserError(f"the weights of {args.checkpoint} do not fit its arch and projector: {error}") from error
-    views = run.augment(data.train[order[:args.images]], torch.Generator().manual_seed(utils.stream_seed(args.seed, VIEWS, 1)))
+    images = data.train[order[:args.images]]
+    views = run.augment(images, torch.Generator().manual_seed(utils.stream_seed(args.seed, VIEWS, 1)))
     population = Population(run.model, torch.stack(views))
     utils.make_output_dir(args.output.parent, "--output")
-    rows = []
+    network, setting = args.network or args.checkpoint.resolve().parent.name, describe(args, images, weights)
+    rows = read_table(args.output, network, setting)
     for name, loss in make_losses(population.z, args.temperatures).items():
         for size in args.batch_sizes:
-            rows.append({"loss": name, "batch_size": size} | study(population, loss, size, args))
-            print(utils.format_record(rows[-1]), flush=True)
-            write_table(args.output, COLUMNS, rows)
+            key = network, name, str(size)
+            if key in rows:
+                continue
+            rows[key] = dict(zip(KEY, key)) | {"setting": setting} | study(population, loss, size, args)
+            print(utils.format_record(rows[key]), flush=True)
+            write_table(args.output, COLUMNS, list(rows.values()))
     print(f"table: {args.output}", flush=True)
 
 

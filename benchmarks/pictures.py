@@ -23,7 +23,7 @@ LOWEST = 1e-3   # of the logarithmic axis of biases, which an estimate of 0 has 
 # colour, marker, dashes: any one of them tells two lines apart, so that the pictures read in black and white
 STYLES = (("black", "o", "-"), ("tab:red", "s", "--"), ("tab:blue", "^", "-."), ("tab:green", "D", ":"), ("tab:purple", "v", (0, (5, 1))),
           ("tab:brown", "x", (0, (3, 1, 1, 1))), ("tab:gray", "P", (0, (1, 1))))
-TEXT = ("run", "loss", "options", "projector", "learn", "score", "preset")  # columns that are no numbers, whatever they look like
+TEXT = ("run", "loss", "options", "projector", "learn", "score", "preset", "network", "setting")  # columns that are no numbers, whatever they look like
 
 
 def read(path: Path) -> list[dict]:
@@ -145,20 +145,27 @@ def draw_trajectories(plt, rows):
 
 
 def draw_bias(plt, rows):
-    """Bias, its part that no step size mends, and standard deviation of minibatch gradients against the batch size."""
+    """Bias, its part that no step size mends, and standard deviation of minibatch gradients against the batch size; a row of axes
+    for every network."""
     titles = {"bias": "bias: |E g - G| / |G|", "tangent": "tangent of the angle between E g and G",
               "deviation": "standard deviation of g / |G|"}
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
-    for axis, (field, title) in zip(axes, titles.items()):
-        for name, points, colour, marker, dash in styled(grouped(rows, lambda row: row["loss"])):
-            sizes = [row["batch_size"] for row in points]
-            value, low, high = ([max(row[field + end], LOWEST) for row in points] for end in ("", "_low", "_high"))
-            axis.plot(sizes, value, color=colour, marker=marker, linestyle=dash, markersize=5, label=name)
-            axis.fill_between(sizes, low, high, color=colour, alpha=0.12, linewidth=0)
-        log_axis(axis, "batch size (images)", {row["batch_size"] for row in rows})
-        axis.set_yscale("log")
-        axis.set_ylabel(title)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, title_fontsize=8,
+    networks, styles = grouped(rows, lambda row: row["network"]), {}
+    figure, axes = plt.subplots(len(networks), 3, figsize=(14, 0.8 + 3.6 * len(networks)), layout="constrained", squeeze=False, sharey="col")
+    for line, (network, figures) in zip(axes, networks.items()):
+        for axis, (field, title) in zip(line, titles.items()):
+            for name, points in grouped(figures, lambda row: row["loss"]).items():
+                colour, marker, dash = styles.setdefault(name, STYLES[len(styles) % len(STYLES)])
+                points = sorted(points, key=lambda row: row["batch_size"])
+                sizes = [row["batch_size"] for row in points]
+                value, low, high = ([max(row[field + end], LOWEST) for row in points] for end in ("", "_low", "_high"))
+                axis.plot(sizes, value, color=colour, marker=marker, linestyle=dash, markersize=5, label=name)
+                axis.fill_between(sizes, low, high, color=colour, alpha=0.12, linewidth=0)
+            log_axis(axis, "batch size (images)", {row["batch_size"] for row in rows})
+            axis.set_yscale("log")
+            axis.set_ylabel(title)
+            axis.set_title(f"network trained by {network}", fontsize=10)
+    most = max(axes[:, 0], key=lambda axis: len(axis.lines))
+    figure.legend(*most.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, title_fontsize=8,
                   title=f"g: minibatch gradient, G: the population's; shaded: 95 % interval; what is below {LOWEST:g} is drawn there")
     return figure
 

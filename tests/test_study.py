@@ -286,7 +286,7 @@ def exact(population, loss, size=2):
 @pytest.mark.parametrize("which", [0, 1])
 def test_the_study_finds_what_enumeration_finds(population, which):
     loss = losses(population)[which]
-    args = types.SimpleNamespace(groups=16, cuts=30, draws=200, seed=1)
+    args = types.SimpleNamespace(groups=16, cuts=12, draws=100, seed=1)
     row = bias.study(population, loss, 2, args)
     for name, expected in zip(bias.FIGURES, exact(population, loss)):
         low, high = row[f"{name}_low"], row[f"{name}_high"]
@@ -332,13 +332,49 @@ def checkpoint(tmp_path):
     return tmp_path / "c.pth"
 
 
-def test_bias_writes_its_table(shapes, checkpoint, tmp_path, monkeypatch):
+@pytest.fixture
+def bias_table(shapes, checkpoint, tmp_path, monkeypatch):
+    """bias.py on 16 images, with more flags; the path of its table."""
     monkeypatch.setattr(bias, "load_data", lambda *args: shapes)
-    bias.main([str(checkpoint), "--dataset", "shapes", "--images", "16", "--batch_sizes", "4", "16", "--groups", "4", "--cuts", "1",
-               "--draws", "2", "--temperatures", "--output", str(tmp_path / "bias.csv")])
-    rows = pictures.read(tmp_path / "bias.csv")
+
+    def run(*flags):
+        bias.main([str(checkpoint), "--dataset", "shapes", "--images", "16", "--groups", "4", "--cuts", "1", "--draws", "2",
+                   "--temperatures", "--output", str(tmp_path / "bias.csv"), *flags])
+        return tmp_path / "bias.csv"
+    return run
+
+
+def test_bias_writes_its_table(bias_table):
+    rows = pictures.read(bias_table("--batch_sizes", "4", "16"))
     assert [row["batch_size"] for row in rows] == [4, 16, 4, 16]
     assert all(row["bias"] < 1e-3 and row["deviation"] < 1e-2 for row in rows if row["batch_size"] == 16)  # the population itself
+
+
+def test_bias_adds_only_what_its_table_lacks(bias_table, tmp_path, monkeypatch):
+    whole = bias_table("--batch_sizes", "4", "8").read_text()
+    (tmp_path / "bias.csv").unlink()
+    first = bias_table("--batch_sizes", "8").read_text().splitlines()
+    studied = []
+    monkeypatch.setattr(bias, "study", lambda *args, original=bias.study: studied.append(args[2]) or original(*args))
+    assert sorted(bias_table("--batch_sizes", "4", "8").read_text().splitlines()) == sorted(whole.splitlines())
+    assert studied == [4, 4] and bias_table("--batch_sizes", "4", "8").read_text().splitlines()[:3] == first
+    bias_table("--batch_sizes", "8", "--network", "another", "--seed", "1")
+    assert [row["network"] for row in pictures.read(tmp_path / "bias.csv")] == 4 * [tmp_path.name] + 2 * ["another"]
+
+
+def test_bias_mixes_no_settings(bias_table, tmp_path):
+    before = bias_table("--batch_sizes", "16").read_text()
+    with pytest.raises(UserError, match="seed 0, .* not .*seed 1"):
+        bias_table("--batch_sizes", "8", "--seed", "1")
+    assert (tmp_path / "bias.csv").read_text() == before
+
+
+@pytest.mark.parametrize("content", [b"loss,images\n1,2\n", b"\xff\xfe\x00", b"a\n1,2,3\n"])
+def test_bias_keeps_a_file_that_is_no_table(bias_table, tmp_path, content):
+    (tmp_path / "bias.csv").write_bytes(content)
+    with pytest.raises(UserError, match="not a table of this script"):
+        bias_table("--batch_sizes", "16")
+    assert (tmp_path / "bias.csv").read_bytes() == content
 
 
 @pytest.mark.parametrize("state", [{}, {"args": None, "student": {}}, {"args": {"arch": "tiny", "projector": [16, 8]}, "student": {"x": 1}}])
@@ -379,7 +415,8 @@ def test_pictures_of_every_kind_of_table(table, tmp_path):
                        for name in names for epoch in (0, 1)])
     table("batch_size", [row(f"{name} b{size} s0", 1, True, batch_size=size) for name in ("AUC-CL", "Barlow Twins") for size in (16, 64)])
     table("convergence", [row("AUC-CL", epoch, epoch == 2) for epoch in range(3)])
-    table("bias", [dict(zip(bias.COLUMNS, (f"loss {loss}", size, *3 * (0, 0, 0.1)))) for loss in range(9) for size in (4, 8)])
+    table("bias", [dict(zip(bias.COLUMNS, (f"network {network}", f"loss {loss}", size, "seed 0", *3 * (0, 0, 0.1))))
+                   for network in range(2) for loss in range(9) for size in (4, 8)])
     table("objective", [{"loss": "AUC-CL", "images": n, "seconds": n / 1e5, "megabytes": 1} for n in (2048, 4096)])
     pictures.main([str(tmp_path)])
     assert {path.stem for path in tmp_path.glob("*.png")} == set(pictures.PICTURES)
