@@ -31,7 +31,7 @@ from torch import Tensor  # noqa: E402
 
 import utils  # noqa: E402
 from auccl_loss import AUCCLLoss, symmetric_moments, unit_rows  # noqa: E402
-from benchmarks.measure import write_table  # noqa: E402
+from benchmarks.measure import locked, write_table  # noqa: E402
 from benchmarks.study import RESULTS, ClosedForm, Peer, peer_loss  # noqa: E402
 from cifar import main as cifar  # noqa: E402
 from cifar.data import load_data  # noqa: E402
@@ -39,7 +39,7 @@ from cifar.data import load_data  # noqa: E402
 T_95 = {4: 3.182, 6: 2.571, 8: 2.365, 12: 2.201, 16: 2.131}    # Student's t, two-sided 95 %, by the number of groups
 NORMAL_95 = 1.96                                                # the same for many draws
 VIEWS, CUTS, DRAWS = 101, 102, 103                              # random streams
-FIXED = ("--arch", "--projector", "--device", "--amp", "--batch_size")
+FIXED = ("--arch", "--projector", "--crop_scale", "--preset", "--device", "--amp", "--batch_size")
 FIGURES = ("bias", "tangent", "deviation")
 KEY = ("network", "loss", "batch_size")
 COLUMNS = (*KEY, "setting", *(figure + end for figure in FIGURES for end in ("", "_low", "_high")))
@@ -162,7 +162,7 @@ def parse_args(argv=None):
     if args.draws < 2:
         raise utils.UserError("--draws must be at least 2: one draw has no variance")
     if given := [flag for flag in FIXED if any(part.split("=")[0] == flag for part in common)]:
-        raise utils.UserError(f"{' '.join(given)}: the network is the checkpoint's, in float32 on the CPU; leave out")
+        raise utils.UserError(f"{' '.join(given)}: network and crops are the checkpoint's, in float32 on the CPU; leave out")
     return args, common
 
 
@@ -170,16 +170,19 @@ def load_network(path: Path, common: list[str]):
     """cifar/main.py's flags of the checkpoint's run and its network's weights. UserError if it is no checkpoint of that script."""
     state = utils.load_checkpoint(path)
     try:
-        own = ["--arch", state["args"]["arch"], "--projector", *map(str, state["args"]["projector"])]
+        own = ["--arch", state["args"]["arch"]]
+        for name in ("projector", "crop_scale"):
+            own += [f"--{name}", *map(str, state["args"][name])]
         weights = dict(state["student"])
     except (KeyError, TypeError, ValueError) as error:
         raise utils.UserError(f"{path} is no checkpoint of cifar/main.py: {error!r}") from error
     return cifar.parse_args([*common, *own, "--batch_size", "2", "--amp", "none", "--device", "cpu"]), weights
 
 
-def describe(args, images: Tensor, weights: dict) -> str:
+def describe(args, crop_scale, images: Tensor, weights: dict) -> str:
     """What figures of one network in a table must have in common: flags, images and weights."""
     flags = ", ".join(f"{name} {getattr(args, name)}" for name in ("images", "groups", "cuts", "draws", "seed"))
+    flags += f", crops {crop_scale[0]:g} to {crop_scale[1]:g}"
     checksum = 0
     for x in (images, *weights.values()):
         checksum = zlib.crc32(x.contiguous().numpy(), checksum)
@@ -219,16 +222,18 @@ def main(argv=None):
     views = run.augment(images, torch.Generator().manual_seed(utils.stream_seed(args.seed, VIEWS, 1)))
     population = Population(run.model, torch.stack(views))
     utils.make_output_dir(args.output.parent, "--output")
-    network, setting = args.network or args.checkpoint.resolve().parent.name, describe(args, images, weights)
+    network, setting = args.network or args.checkpoint.resolve().parent.name, describe(args, flags.crop_scale, images, weights)
     rows = read_table(args.output, network, setting)
     for name, loss in make_losses(population.z, args.temperatures).items():
         for size in args.batch_sizes:
             key = network, name, str(size)
             if key in rows:
                 continue
-            rows[key] = dict(zip(KEY, key)) | {"setting": setting} | study(population, loss, size, args)
-            print(utils.format_record(rows[key]), flush=True)
-            write_table(args.output, COLUMNS, list(rows.values()))
+            row = dict(zip(KEY, key)) | {"setting": setting} | study(population, loss, size, args)
+            print(utils.format_record(row), flush=True)
+            with locked(args.output.with_suffix(".lock"), wait=True):  # another process may have added to the table meanwhile
+                rows = read_table(args.output, network, setting) | {key: row}
+                write_table(args.output, COLUMNS, list(rows.values()))
     print(f"table: {args.output}", flush=True)
 
 

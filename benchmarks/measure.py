@@ -1,10 +1,13 @@
-"""What the benchmarks share: alternated timing, growth, peak memory of a fresh process, and a line that names the machine."""
+"""What the benchmarks share: tables and locks, alternated timing, growth, peak memory of a fresh process, a line that names the machine."""
+import contextlib
 import csv
+import fcntl
 import math
 import multiprocessing
 import platform
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
@@ -43,6 +46,18 @@ def write_table(path, columns, rows: list[dict]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     utils.replace_file(path, write)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool):
+    """Holds the lock that `path` stands for, until the block or the process ends; yields whether it could be had."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except BlockingIOError:
+            held = False
+        yield held
 
 
 def extra_memory(prepare, *args) -> float:

@@ -2,10 +2,10 @@
 
     pip install lightly                    # the peers' implementations
     python benchmarks/objective.py         # a quarter of an hour
-    python benchmarks/objective.py --images 128 512 --runs 3 --losses AUC-CL NT-Xent
+    python benchmarks/objective.py --images 128 512 --runs 3 --losses AUC-CL NT-Xent --output short.csv
 
 For every number n of images, two views [n, D] in float32 with gradient into both. Runs alternate, medians count. Extra memory is
-what a call adds to a fresh process's peak. Written to --output: a CSV that pictures.py draws.
+what a call adds to a fresh process's peak. Written to --output, in place of what was there: a CSV that pictures.py draws.
 """
 import sys
 from pathlib import Path
@@ -63,6 +63,8 @@ def main():
     args = parser.parse_args()
     if min(args.images) < 2:
         raise utils.UserError("--images must be at least 2: negative pairs need two images")
+    if min(args.images) > args.quadratic_limit and set(args.losses) <= set(QUADRATIC):
+        raise utils.UserError(f"--quadratic_limit {args.quadratic_limit} leaves none of --losses at --images {min(args.images)}; raise it")
     utils.make_output_dir(args.output.parent, "--output")
     for name in args.losses:
         make_loss(name)  # says at once if lightly is missing

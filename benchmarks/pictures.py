@@ -91,18 +91,30 @@ def draw_convergence(plt, rows):
     return figure
 
 
+def draw_all_images(plt, rows):
+    """Final accuracies of every setting, the best at the top."""
+    final = sorted(last_rows(rows), key=lambda row: row["test_acc@1"] + row["linear"])
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.28 * len(final)), layout="constrained")
+    draw_dots(axis, [row["run"] for row in final], final)
+    return figure
+
+
+def draw_dots(axis, names, rows):
+    """k-NN and linear accuracy of `rows`, a line each, upwards."""
+    for field, label, marker, fill in (("test_acc@1", "k-NN", "o", "full"), ("linear", "linear", "s", "none")):
+        axis.plot([row[field] for row in rows], range(len(rows)), marker, color="black", fillstyle=fill, label=label)
+    axis.set_yticks(range(len(rows)), names, fontsize=8)
+    axis.set_xlabel("accuracy, top-1 (%)")
+    axis.legend(fontsize=8)
+
+
 def draw_ablation(plt, rows):
     """Final k-NN accuracy: which weights are learned; nu with kappa = 1 and kappa = nu; the projector's width."""
     final = {row["run"]: row for row in last_rows(rows)}
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained", width_ratios=(1.2, 1, 1))
     variants = [name for name in final if not name.startswith(("nu ", "projector "))]
-    for field, marker, label in (("test_acc@1", "o", "k-NN"), ("linear", "s", "linear")):
-        axes[0].plot([final[name][field] for name in variants], range(len(variants)), marker, color="black",
-                     fillstyle="none" if field == "linear" else "full", label=label)
-    axes[0].set_yticks(range(len(variants)), variants, fontsize=8)
+    draw_dots(axes[0], variants, [final[name] for name in variants])
     axes[0].invert_yaxis()
-    axes[0].set_xlabel("accuracy, top-1 (%)")
-    axes[0].legend(fontsize=8)
     for kappa, (colour, marker, dash) in zip(("1", "nu"), STYLES):
         points = {name.split(",")[0][3:]: row for name, row in final.items()
                   if name.startswith("nu ") and name.endswith(f", kappa {kappa}")}
@@ -196,6 +208,7 @@ def log_axis(axis, label, ticks):
 
 # picture -> the table it is drawn from, and by what
 PICTURES = {"batch_size": ("batch_size", draw_batch_size), "convergence": ("convergence", draw_convergence),
+            "all_images": ("all_images", draw_all_images),
             "ablation": ("ablation", draw_ablation), "trajectories": ("ablation", draw_trajectories), "bias": ("bias", draw_bias),
             "objective": ("objective", draw_objective)}
 

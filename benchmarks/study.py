@@ -3,17 +3,18 @@
     pip install lightly                                                         # the peers; AUC-CL alone does without
     python benchmarks/study.py tuning                                           # CIFAR-10, downloaded if missing
     python benchmarks/study.py batch_size --dataset folder --data_path DIR      # further flags are cifar/main.py's, for all runs
+    python benchmarks/study.py batch_size --only "s0$"                           # the runs whose names match a regular expression
     python benchmarks/study.py my_runs.json --images 0 --dataset shapes --epochs 3
     python benchmarks/pictures.py cifar/results/studies                         # then: pictures of all tables
 
 Studies: STUDIES below, or a JSON list of objects with "name", "flags" (of cifar/main.py) and, for a loss other than AUC-CL, "loss"
 (a class of lightly.loss, or ClosedForm) and "options" (arguments of lightly's class). The same command again goes on where it
-stopped, inside a run too; the same command beside it, in another process, takes the next run that nobody works on. Written below
---output_dir: STUDY.csv, a row an epoch and run, with the linear accuracy in a run's last; STUDY/NAME/, the run's log. A finished
-run's checkpoint is removed unless --keep_checkpoints is given.
+stopped, inside a run too (a peer's loss must have no state of its own for that: no memory bank); the same command beside it, in
+another process, takes the next run that nobody works on. Written below --output_dir: STUDY.csv, a row an epoch and run, with the
+linear accuracy in a run's last; STUDY/NAME/, the run's log. A finished run's checkpoint is removed unless the run was ever given
+--keep_checkpoints.
 """
-import contextlib
-import fcntl
+import copy
 import json
 import re
 import sys
@@ -32,6 +33,7 @@ from cifar import main as cifar  # noqa: E402
 from cifar.data import load_data  # noqa: E402
 from eval_linear import fit_logistic  # noqa: E402
 
+KEEP = "keep_checkpoint"    # in the folder of a run whose checkpoint stays
 RESULTS = Path(__file__).resolve().parents[1] / "cifar" / "results" / "studies"
 L2 = 1e-3       # of the linear probe, the same for all runs
 SUBSET = 7      # random stream: which images
@@ -76,13 +78,16 @@ class Peer(nn.Module):
 
     def __init__(self, name: str, options: dict):
         super().__init__()
-        self.loss = peer_loss(name, options)
+        self.name, self.loss = name, peer_loss(name, options)
 
     def forward(self, z0, z1):
         with torch.autocast(z0.device.type, enabled=False):
             z0, z1 = z0.float(), z1.float()
             self.means = mean_cosines(z0.detach(), z1.detach())
-            return self.loss(z0, z1)
+            try:
+                return self.loss(z0, z1)
+            except Exception as error:  # whatever a foreign class raises
+                raise utils.UserError(f"lightly's {self.name} does not take two views of shape {list(z0.shape)}: {error}") from error
 
     def param_groups(self, lr, adaptive=False):
         return []
@@ -121,13 +126,11 @@ def make_criterion(config: Config, args) -> nn.Module:
             return ClosedForm(learn=(), **given)
         except ValueError as error:
             raise utils.UserError(f"run {config.name}: {error}") from error
-    if given:
+    if given := [name for name in (*cifar.PAPER_ONLY, "weights_lr", "learn") if name in given or name in config.flags]:
         raise utils.UserError(f"run {config.name}: {', '.join(given)} mean nothing to {config.loss}; give them to runs of AUC-CL alone")
     peer = Peer(config.loss, config.options)
-    try:
-        loss = peer(*torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0)))
-    except Exception as error:  # whatever a foreign class raises
-        raise utils.UserError(f"lightly's {config.loss} does not take two views: {error}") from error
+    trial = torch.randn(2, 8, args.projector[-1], generator=torch.Generator().manual_seed(0))
+    loss = copy.deepcopy(peer)(*trial)
     if loss.shape != ():
         raise utils.UserError(f"lightly's {config.loss} is no loss of two views: its value has shape {list(loss.shape)}")
     return peer
@@ -181,24 +184,23 @@ def ablation() -> list[Config]:
         **{f"projector {width}-{width // 2}": {"projector": f"{width} {width // 2}"} for width in (64, 128, 256, 512, 1024)},
     }
     usual = {"projector": "2048 1024", "lr": 8e-3, "weights_lr": 1e-3}
-    held = without_weights_lr(usual) | {"learn": "none"}
     return [Config(name, usual | flags) for name, flags in changes.items()] + [
-        Config("all held", held), Config("closed form", held, "ClosedForm")]
+        Config("all held", held(usual)), Config("closed form", held(usual), "ClosedForm")]
 
 
 def batch_size(seeds=(0, 1)) -> list[Config]:
     """Every method at seven batch sizes for equal epochs; all learning rates go with the square root of the batch size. Under that
     rule a, b and alpha travel further in more steps, which changes the objective a little: so AUC-CL with all three held as well."""
     _, _, usual = METHODS["AUC-CL"]
-    methods = METHODS | {"AUC-CL, a b alpha held": ("AUCCLLoss", {}, without_weights_lr(usual) | {"learn": "none"})}
+    methods = METHODS | {"AUC-CL, a b alpha held": ("AUCCLLoss", {}, held(usual))}
     return [Config(f"{name} b{size} s{seed}", {"batch_size": size, "seed": seed} | at_batch_size(flags, size), loss, options)
             for seed in seeds for size in BATCH_SIZES for name, (loss, options, flags) in methods.items()]
 
 
 def longer() -> list[Config]:
-    """Whether it is the number of steps that large batches lack in `batch_size`: AUC-CL and the first of its peers, four times as long."""
+    """Whether it is the number of steps that large batches lack in `batch_size`: AUC-CL and the best of its peers, four times as long."""
     return [Config(f"{name} b{size}", {"batch_size": size} | at_batch_size(flags, size), loss, options)
-            for size in (512, 64) for name, (loss, options, flags) in METHODS.items() if name in ("AUC-CL", "NT-Xent")]
+            for size in (512, 64, 256, 128) for name, (loss, options, flags) in METHODS.items() if name in ("AUC-CL", "NT-Xent")]
 
 
 def at_batch_size(flags: dict, size: int) -> dict:
@@ -206,20 +208,43 @@ def at_batch_size(flags: dict, size: int) -> dict:
     return {name: value * (size / 256) ** 0.5 if name.endswith("lr") else value for name, value in flags.items()}
 
 
-def without_weights_lr(flags: dict) -> dict:
-    return {name: value for name, value in flags.items() if name != "weights_lr"}
+def held(flags: dict) -> dict:
+    """AUC-CL's flags with a, b and alpha held."""
+    return {name: value for name, value in flags.items() if name != "weights_lr"} | {"learn": "none"}
 
 
 def convergence() -> list[Config]:
-    """Every method at batch 256 on all images, AUC-CL at the default learning rate too, and the released preset with its recipe."""
-    own = [Config("AUC-CL, lr 2e-3", METHODS["AUC-CL"][2] | {"lr": 2e-3}), Config("released-cifar", {"preset": "released-cifar", "warmup_epochs": 0})]
-    return [Config(name, flags, loss, options) for name, (loss, options, flags) in METHODS.items()] + own
+    """Every method as it was tuned, on all images; AUC-CL also as `all_images` prefers it there, and the released preset with its recipe."""
+    longer = "AUC-CL, 2048-1024, weights_lr 4e-3"
+    return [Config(name, flags, loss, options) for name, (loss, options, flags) in METHODS.items()] + [
+        next(config for config in all_images() if config.name == longer),
+        Config("released-cifar", {"preset": "released-cifar", "warmup_epochs": 0})]
+
+
+def all_images() -> list[Config]:
+    """Changes of one or two settings of AUC-CL, NT-Xent and DCL that may matter once there are more images and steps."""
+    wide = {"projector": "2048 1024"}
+    changes = {
+        "AUC-CL": {"nu 8": {"negative_weight": 8}, "nu 32": {"negative_weight": 32}, "2048-1024": wide, "4096-2048": {"projector": "4096 2048"},
+                   "2048-1024, nu 32": wide | {"negative_weight": 32}, "2048-1024, weights_lr 4e-3": wide | {"weights_lr": 4e-3},
+                   "2048-1024, weights_lr 1e-2": wide | {"weights_lr": 1e-2}},
+        "NT-Xent": {"2048-1024": wide, "2048-1024, T 0.2": wide | {"temperature": 0.2}, "2048-1024, T 0.5": wide | {"temperature": 0.5}},
+        "DCL": {"512-256": {"projector": "512 256"}, "T 0.2": {"temperature": 0.2}},
+    }
+    configs = []
+    for name, variants in changes.items():
+        loss, options, flags = METHODS[name]
+        for variant, change in variants.items():
+            configs.append(Config(f"{name}, {variant}", flags | {key: value for key, value in change.items() if key not in options}, loss,
+                                  {key: change.get(key, value) for key, value in options.items()}))
+    _, _, usual = METHODS["AUC-CL"]
+    return [*configs, Config("AUC-CL, a b alpha held", held(usual)), Config("AUC-CL, 2048-1024, a b alpha held", held(usual | wide))]
 
 
 SHORT = ("--arch", "tiny", "--warmup_epochs", "0.5", "--epochs")
 STUDIES = {"tuning": Study(tuning(), 10_000, (*SHORT, "5")), "ablation": Study(ablation(), 10_000, (*SHORT, "5")),
            "batch_size": Study(batch_size(), 10_000, (*SHORT, "5")), "longer": Study(longer(), 10_000, (*SHORT, "20")),
-           "convergence": Study(convergence(), 0, (*SHORT, "5"))}
+           "convergence": Study(convergence(), 0, (*SHORT, "5")), "all_images": Study(all_images(), 0, (*SHORT, "5"))}
 
 
 def read_study(name: str) -> tuple[str, Study]:
@@ -259,7 +284,9 @@ def subset(data, images: int):
 
 def arguments(config: Config, common: list[str], folder: Path):
     """cifar/main.py's parsed flags of a run. UserError names the run whose flags are wrong."""
-    flags = [part for name, value in config.flags.items() for part in (f"--{name}", *str(value).split())]
+    flags = []
+    for name, value in config.flags.items():
+        flags += [f"--{name}", *([] if value is True else map(str, value) if isinstance(value, list) else str(value).split())]
     try:
         return cifar.parse_args([*common, *flags, "--output_dir", str(folder)])
     except utils.UserError as error:
@@ -277,18 +304,6 @@ def linear_accuracy(run) -> float:
         return 100 * (head(test).argmax(1).cpu() == data.test_labels).double().mean().item()
 
 
-@contextlib.contextmanager
-def locked(path: Path, wait: bool):
-    """Holds the lock that `path` stands for, until the block or the process ends; yields whether it could be had."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            held = True
-        except BlockingIOError:
-            held = False
-        yield held
-
-
 def read_json(path: Path) -> dict:
     """A file that this script has written. UserError if it is damaged."""
     try:
@@ -300,7 +315,7 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def train(config: Config, args, data, keep_checkpoints: bool) -> None:
+def train(config: Config, args, data, keep_checkpoint: bool) -> None:
     """Trains a configuration to its end and writes result.json. UserError if its folder holds a run of another."""
     folder = args.output_dir
     described = {"loss": config.loss, "options": config.options, "data": cifar.fingerprint(data),
@@ -308,21 +323,29 @@ def train(config: Config, args, data, keep_checkpoints: bool) -> None:
     if (folder / "config.json").exists() and read_json(folder / "config.json") != described:
         raise utils.UserError(f"{folder} holds a run of another configuration; choose another --output_dir or move it away")
     utils.replace_file(folder / "config.json", lambda file: json.dump(described, file, indent=1))
+    if keep_checkpoint:
+        (folder / KEEP).touch()
     if not (folder / "result.json").exists():
         run, _ = cifar.train(args, data, make_criterion(config, args))
         result = {"linear": linear_accuracy(run)}
         utils.replace_file(folder / "result.json", lambda file: json.dump(result, file))
         print(f"{config.name}: linear accuracy {result['linear']:.2f}", flush=True)
-    if not keep_checkpoints:
+    if not (folder / KEEP).exists():
         (folder / "checkpoint.pth").unlink(missing_ok=True)
 
 
-def write_table(configs: list[Config], folder: Path, path: Path) -> None:
-    """The CSV of all runs so far, from their logs: a row an epoch."""
-    with locked(folder / "table.lock", wait=True):  # another process must not put an older table in the place of this one
-        rows = [row for config in configs for row in run_rows(config, folder / config.name)]
-        columns = list(dict.fromkeys((*COLUMNS, *OF_AUCCL, *(name for row in rows for name in row))))
+def write_table(configs: list[Config], folder: Path, path: Path) -> dict:
+    """The CSV of all runs so far, from their logs: a row an epoch. Returns what is wrong with runs that cannot be read, by name."""
+    rows, wrong = [], {}
+    with measure.locked(path.with_suffix(".lock"), wait=True):  # another process must not put an older table in the place of this one
+        for config in configs:
+            try:
+                rows += run_rows(config, folder / config.name)
+            except utils.UserError as error:
+                wrong[config.name] = error
+        columns = list(dict.fromkeys((*COLUMNS, *OF_AUCCL, *(name for row in rows for name in row), "linear")))
         measure.write_table(path, columns, rows)
+    return wrong
 
 
 def run_rows(config: Config, folder: Path) -> list[dict]:
@@ -330,10 +353,14 @@ def run_rows(config: Config, folder: Path) -> list[dict]:
     if not (folder / "config.json").exists():
         return []
     described, records = read_json(folder / "config.json"), utils.read_records(folder / "log.txt")
-    own = {"run": config.name, "loss": config.loss, "options": json.dumps(config.options) if config.options else None}
-    for name in (*COLUMNS[3:], *(OF_AUCCL if config.loss == "AUCCLLoss" else ())):
-        value = described["args"][name]
-        own[name] = " ".join(map(str, value)) if isinstance(value, list) else value
+    try:
+        loss, options, flags = (described[name] for name in ("loss", "options", "args"))
+        own = {"run": config.name, "loss": loss, "options": json.dumps(options) if options else None}
+        of_loss = {"AUCCLLoss": OF_AUCCL, "ClosedForm": cifar.PAPER_ONLY}.get(loss, ())
+        for name in (*COLUMNS[3:], *of_loss):
+            own[name] = " ".join(map(str, flags[name])) if isinstance(flags[name], list) else flags[name]
+    except (KeyError, TypeError) as error:
+        raise utils.UserError(f"{folder / 'config.json'} is not what this script writes: {error!r}; move its folder away") from error
     rows = [own | record for record in records]
     if (folder / "result.json").exists():
         if not rows:
@@ -347,32 +374,50 @@ def main(argv=None):
     add = parser.add_argument
     add("study", help=f"{', '.join(STUDIES)}, or a .json file")
     add("--images", type=utils.non_negative_int, help="training images, as many of every class; 0: all (default: the study's)")
+    add("--only", metavar="REGEX", help="run those alone whose name it matches; the table has all")
     add("--keep_checkpoints", action="store_true", help="of finished runs too")
     add("--output_dir", type=Path, default=RESULTS, help="where to write")
     args, common = parser.parse_known_args(argv)
     name, study = read_study(args.study)
+    chosen = choose(study, args.only, common)
     output = utils.make_output_dir(args.output_dir)
     folder = utils.make_output_dir(output / name)
-    runs = [(config, arguments(config, [*study.flags, *common], folder / config.name)) for config in study.configs]
+    runs = [(config, arguments(config, [*study.flags, *common], folder / config.name)) for config in chosen]
     check(runs)
     shared = runs[0][1]
     data = subset(load_data(shared.dataset, shared.data_path, shared.image_size), study.images if args.images is None else args.images)
     if too_large := [config.name for config, flags in runs if flags.batch_size * flags.accum_iter > len(data.train)]:
         raise utils.UserError(f"the batch of {', '.join(too_large)} is larger than the data set's {len(data.train)} images")
-    failed = []
+    failed, wrong = {}, {}
     for config, flags in runs:
-        with locked(utils.make_output_dir(flags.output_dir) / "run.lock", wait=False) as mine:
+        with measure.locked(utils.make_output_dir(flags.output_dir) / "run.lock", wait=False) as mine:
             if not mine:
                 continue
             try:
                 train(config, flags, data, args.keep_checkpoints)
             except utils.UserError as error:  # a run that diverged says nothing of the others
-                failed.append(config.name)
+                failed[config.name] = error
                 print(f"{config.name}: {error}", file=sys.stderr, flush=True)
-        write_table(study.configs, folder, output / f"{name}.csv")
+        wrong = write_table(study.configs, folder, output / f"{name}.csv")
     print(f"table: {output / name}.csv", flush=True)
-    if failed:
-        raise utils.UserError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; why stands above")
+    for run in wrong.keys() - failed.keys():
+        print(f"{run}: {wrong[run]}", file=sys.stderr, flush=True)
+    if failed := failed | wrong:
+        raise utils.UserError(f"{len(failed)} of {len(study.configs)} runs failed: {', '.join(failed)}; why stands above")
+
+
+def choose(study: Study, only: str | None, common: list[str]) -> list[Config]:
+    """The runs whose names match. UserError if none does, or if a common flag has no effect on any of them."""
+    try:
+        chosen = [config for config in study.configs if only is None or re.search(only, config.name)]
+    except re.error as error:
+        raise utils.UserError(f"--only {only!r} is no regular expression: {error}") from error
+    if not chosen:
+        raise utils.UserError(f"--only {only!r} matches none of {', '.join(config.name for config in study.configs)}")
+    for flag in (part.split("=")[0] for part in common if part.startswith("--")):
+        if all(flag[2:] in config.flags for config in chosen):
+            raise utils.UserError(f"{flag} would change nothing: every run of this study has its own; see --only, or list your runs in a .json file")
+    return chosen
 
 
 def check(runs) -> None:

@@ -3,6 +3,7 @@ import csv
 import fcntl
 import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -83,10 +84,29 @@ def test_a_process_beside_takes_the_runs_that_nobody_holds(driver):
 
 
 def test_a_checkpoint_that_a_kill_left_behind_goes_too(driver):
-    expected = driver()
+    expected = driver("--only", "closed")
     left = driver.folder / "out" / "runs" / "closed" / "checkpoint.pth"
     left.write_text("the process died between result.json and the removal")
-    assert driver() == expected and not left.exists()
+    assert driver("--only", "closed") == expected and not left.exists()
+
+
+def test_a_checkpoint_that_was_to_be_kept_stays(driver):
+    driver("--keep_checkpoints", "--only", "closed")
+    driver("--only", "closed")
+    assert (driver.folder / "out" / "runs" / "closed" / "checkpoint.pth").exists()
+
+
+def test_only_some_runs(driver):
+    assert {row["run"] for row in driver("--only", "^clo")} == {"closed"}
+    assert not (driver.folder / "out" / "runs" / "learned").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--only", "nothing"], "matches none of learned, closed"), (["--only", "("], "no regular expression"),
+    (["--only", "learned", "--negative_weight=4"], "--negative_weight would change nothing")])
+def test_a_choice_that_leaves_nothing(driver, flags, message):
+    with pytest.raises(UserError, match=message):
+        driver(*flags, runs=[RUNS[0] | {"flags": RUNS[0]["flags"] | {"negative_weight": 2}}, RUNS[1]])
 
 
 def test_a_run_that_diverges_does_not_stop_the_others(driver, monkeypatch, capsys):
@@ -117,20 +137,16 @@ def test_a_signal_between_two_runs_ends_the_study(driver, monkeypatch):
     assert not (driver.folder / "out" / "runs" / "closed" / "config.json").exists()
 
 
-@pytest.mark.parametrize("name", ["config.json", "result.json"])
-@pytest.mark.parametrize("text", ["", "3"])
-def test_damaged_files_of_a_run(driver, name, text):
-    driver(runs=RUNS[:1])
-    (driver.folder / "out" / "runs" / "learned" / name).write_text(text)
-    with pytest.raises(UserError, match=f"{name}.*move its folder away|failed: learned"):
-        driver(runs=RUNS[:1])
-
-
-def test_a_finished_run_without_its_log(driver):
-    driver(runs=RUNS[:1])
-    (driver.folder / "out" / "runs" / "learned" / "log.txt").unlink()
-    with pytest.raises(UserError, match="log.txt is gone"):
-        driver(runs=RUNS[:1])
+@pytest.mark.parametrize("name, text", [("config.json", ""), ("config.json", "{}"), ("result.json", "3"), ("log.txt", None)])
+def test_a_damaged_run_stops_no_other(driver, capsys, name, text):
+    """Of three: one damaged after its end, one finished, one that has not begun."""
+    driver()
+    path = driver.folder / "out" / "runs" / "learned" / name
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(UserError, match="1 of 3 runs failed: learned"):
+        driver(runs=[*RUNS, RUNS[1] | {"name": "third"}])
+    assert "move" in capsys.readouterr().err
+    assert {row["run"] for row in pictures.read(driver.folder / "out" / "runs.csv")} == {"closed", "third"}
 
 
 def test_another_configuration_in_the_same_folder_is_refused(driver, capsys):
@@ -138,6 +154,7 @@ def test_another_configuration_in_the_same_folder_is_refused(driver, capsys):
     with pytest.raises(UserError, match="1 runs failed"):
         driver("--seed", "3", runs=RUNS[:1])
     assert "another configuration" in capsys.readouterr().err
+    assert {row["seed"] for row in pictures.read(driver.folder / "out" / "runs.csv")} == {0}
     driver("--save_every", "1", runs=RUNS[:1])  # changes nothing of the outcome
 
 
@@ -147,6 +164,8 @@ def test_another_configuration_in_the_same_folder_is_refused(driver, capsys):
     ('[{"name": "..", "flags": {}}]', "a name of its own"), ('[{"name": "x", "flags": {}}, {"name": "x", "flags": {}}]', "a name of its own"),
     ('[{"name": "x", "flags": {"lrr": 1}}]', "run x: .*--lrr"), ('[{"name": "x", "flags": {}, "options": {"a": 2}}]', "not options"),
     ('[{"name": "x", "flags": {"negative_weight": 2}, "loss": "NTXentLoss"}]', "mean nothing to NTXentLoss"),
+    ('[{"name": "x", "flags": {"weights_lr": 2}, "loss": "NTXentLoss"}]', "weights_lr mean nothing to NTXentLoss"),
+    ('[{"name": "x", "flags": {"compile": false}}]', "run x: .*False"),
     ('[{"name": "x", "flags": {}}, {"name": "y", "flags": {"dataset": "cifar10"}}]', "run y has a --dataset of its own"),
     ('[{"name": "x", "flags": {"batch_size": 999999}}]', "larger than the data set's")])
 def test_wrong_lists_of_runs(driver, tmp_path, text, message):
@@ -163,14 +182,23 @@ def test_wrong_flags(argv, message, tmp_path):
         study.main([*argv, "--output_dir", str(tmp_path)])
 
 
-class Distance(torch.nn.Module):
-    """Stands in for a loss of lightly: the mean squared distance of two views."""
+def test_flags_of_a_json_list_may_be_lists_and_switches(tmp_path):
+    config = study.Config("x", {"dataset": "shapes", "projector": [16, 8], "compile": True, "crop_scale": "0.3 1"})
+    args = study.arguments(config, [], tmp_path)
+    assert (args.projector, args.compile, args.crop_scale) == ([16, 8], True, [0.3, 1.0])
 
-    def __init__(self, weight=1.0):
+
+class Distance(torch.nn.Module):
+    """Stands in for a loss of lightly: the mean squared distance of two views, of which it counts the calls."""
+
+    def __init__(self, weight=1.0, limit=math.inf):
         super().__init__()
-        self.weight = weight
+        self.weight, self.limit, self.calls = weight, limit, 0
 
     def forward(self, z0, z1):
+        self.calls += 1
+        if self.calls > self.limit:
+            raise RuntimeError("no more")
         return self.weight * (z0 - z1).square().mean()
 
 
@@ -186,8 +214,27 @@ def test_a_peer_trains_in_the_same_loop(lightly, driver):
     assert rows[-1]["linear"] and rows[0]["options"] == '{"weight": 2.0}' and rows[0]["weights_lr"] == "" and "a" not in rows[0]
 
 
+def test_the_look_at_a_peer_leaves_it_as_it_was(lightly):
+    config = study.Config("peer", {}, "Distance", {})
+    assert study.make_criterion(config, cifar.parse_args(["--dataset", "shapes"])).loss.calls == 0
+
+
+def test_a_peer_that_fails_in_training_stops_no_other(lightly, driver, capsys):
+    with pytest.raises(UserError, match="1 of 2 runs failed: peer"):
+        driver(runs=[{"name": "peer", "flags": {}, "loss": "Distance", "options": {"limit": 1}}, RUNS[0]])
+    assert "no more" in capsys.readouterr().err
+    assert (driver.folder / "out" / "runs" / "learned" / "result.json").exists()
+
+
+def test_every_study_asks_for_losses_that_lightly_has():
+    pytest.importorskip("lightly")
+    for _, configs in ((name, entry.configs) for name, entry in study.STUDIES.items()):
+        for config in configs:
+            study.make_criterion(config, study.arguments(config, [], ROOT))
+
+
 @pytest.mark.parametrize("loss, options, message", [
-    ("Nothing", {}, "Nothing"), ("Distance", {"wait": 1}, "wait"), ("Broken", {}, "two views"), ("Pairs", {}, r"shape \[8, 4\]")])
+    ("Nothing", {}, "Nothing"), ("Distance", {"wait": 1}, "wait"), ("Broken", {}, "two views"), ("Pairs", {}, r"shape \[8, 8\]")])
 def test_wrong_losses(lightly, driver, loss, options, message):
     with pytest.raises(UserError, match=message):
         driver(runs=[{"name": "peer", "flags": {}, "loss": loss, "options": options}])
@@ -230,6 +277,12 @@ def test_batch_size_study_scales_every_rate_by_the_square_root():
         assert by_name[f"{method} b64 s0"]["lr"] == pytest.approx(flags["lr"] / 2)
         assert by_name[f"{method} b1024 s1"]["lr"] == pytest.approx(flags["lr"] * 2)
     assert by_name["AUC-CL b64 s0"]["weights_lr"] == pytest.approx(study.METHODS["AUC-CL"][2]["weights_lr"] / 2)
+
+
+def test_names_of_temperatures_are_true():
+    named = [config for entry in study.STUDIES.values() for config in entry.configs if ", T " in config.name]
+    assert named and all(config.options == {"temperature": float(config.name.split(", T ")[1])} for config in named)
+    assert all(config.options == study.METHODS[config.name.split(",")[0]][1] for config in study.all_images() if config not in named)
 
 
 def test_methods_are_the_best_of_the_published_trials():
@@ -328,7 +381,7 @@ def test_jackknife_is_the_textbooks_for_a_plain_product():
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    torch.save({"args": {"arch": "tiny", "projector": [16, 8]}, "student": cifar.ContrastiveNet("tiny", (16, 8)).state_dict()}, tmp_path / "c.pth")
+    torch.save({"args": {"arch": "tiny", "projector": [16, 8], "crop_scale": [0.2, 1.0]}, "student": cifar.ContrastiveNet("tiny", (16, 8)).state_dict()}, tmp_path / "c.pth")
     return tmp_path / "c.pth"
 
 
@@ -362,6 +415,19 @@ def test_bias_adds_only_what_its_table_lacks(bias_table, tmp_path, monkeypatch):
     assert [row["network"] for row in pictures.read(tmp_path / "bias.csv")] == 4 * [tmp_path.name] + 2 * ["another"]
 
 
+def test_bias_keeps_what_another_process_adds_meanwhile(bias_table, tmp_path, monkeypatch):
+    original, calls = bias.study, []
+
+    def slow(*args):
+        calls.append(args)
+        if len(calls) == 1:  # while the first row is being computed
+            bias_table("--batch_sizes", "8", "--network", "another")
+        return original(*args)
+    monkeypatch.setattr(bias, "study", slow)
+    bias_table("--batch_sizes", "4")
+    assert sorted(row["network"] for row in pictures.read(tmp_path / "bias.csv")) == 2 * ["another"] + 2 * [tmp_path.name]
+
+
 def test_bias_mixes_no_settings(bias_table, tmp_path):
     before = bias_table("--batch_sizes", "16").read_text()
     with pytest.raises(UserError, match="seed 0, .* not .*seed 1"):
@@ -377,7 +443,7 @@ def test_bias_keeps_a_file_that_is_no_table(bias_table, tmp_path, content):
     assert (tmp_path / "bias.csv").read_bytes() == content
 
 
-@pytest.mark.parametrize("state", [{}, {"args": None, "student": {}}, {"args": {"arch": "tiny", "projector": [16, 8]}, "student": {"x": 1}}])
+@pytest.mark.parametrize("state", [{}, {"args": None, "student": {}}, {"args": {"arch": "tiny", "projector": [16, 8], "crop_scale": [0.2, 1.0]}, "student": {"x": 1}}])
 def test_bias_refuses_other_checkpoints(shapes, tmp_path, monkeypatch, state):
     monkeypatch.setattr(bias, "load_data", lambda *args: shapes)
     torch.save(state, tmp_path / "wrong.pth")
@@ -415,6 +481,7 @@ def test_pictures_of_every_kind_of_table(table, tmp_path):
                        for name in names for epoch in (0, 1)])
     table("batch_size", [row(f"{name} b{size} s0", 1, True, batch_size=size) for name in ("AUC-CL", "Barlow Twins") for size in (16, 64)])
     table("convergence", [row("AUC-CL", epoch, epoch == 2) for epoch in range(3)])
+    table("all_images", [row(name, epoch, epoch == 1) for name in ("AUC-CL, nu 8", "DCL") for epoch in range(2)])
     table("bias", [dict(zip(bias.COLUMNS, (f"network {network}", f"loss {loss}", size, "seed 0", *3 * (0, 0, 0.1))))
                    for network in range(2) for loss in range(9) for size in (4, 8)])
     table("objective", [{"loss": "AUC-CL", "images": n, "seconds": n / 1e5, "megabytes": 1} for n in (2048, 4096)])
@@ -423,10 +490,22 @@ def test_pictures_of_every_kind_of_table(table, tmp_path):
     assert pictures.method({"run": "AUC-CL, a b alpha held b16 s0"}) == "AUC-CL, a b alpha held"
 
 
-def test_pictures_of_a_study_that_has_only_begun(table, tmp_path):
-    table("ablation", [row("b held", 0, False)])
-    pictures.main([str(tmp_path), "--format", "svg"])
-    assert (tmp_path / "ablation.svg").exists()
+@pytest.mark.parametrize("name", ["ablation", "batch_size", "convergence", "all_images"])
+def test_pictures_of_a_study_that_has_only_begun(driver, monkeypatch, name):
+    """Its first run has diverged in its second epoch."""
+    record = cifar.make_record
+
+    def diverges(run, evaluation):
+        if run.epoch == 1:
+            raise UserError("training diverged")
+        return record(run, evaluation)
+    monkeypatch.setattr(cifar, "make_record", diverges)
+    with pytest.raises(UserError, match="failed: learned"):
+        driver(runs=RUNS[:1])
+    table = driver.folder / "out" / "runs.csv"
+    table.rename(table.with_name(f"{name}.csv"))
+    pictures.main([str(table.parent), "--format", "svg"])
+    assert (table.parent / f"{name}.svg").exists()
 
 
 @pytest.mark.parametrize("content", [b"loss,images\n1,2\n", b"\xff\xfe\x00", b"a\n1,2,3\n"])
