@@ -13,7 +13,7 @@ import torch
 import utils
 from cifar import data, main
 from cifar.model import ARCHS, ContrastiveNet
-from conftest import ROOT
+from conftest import ROOT, write_noise
 from PIL import Image
 
 TIMES = {"images_per_s", "seconds"}  # the only fields of a record that two equal runs may differ in
@@ -21,17 +21,8 @@ TIMES = {"images_per_s", "seconds"}  # the only fields of a record that two equa
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Class folders: 2 classes, 48 training and 12 test images, of several sizes and modes."""
-    folder = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 24), ("test", 6)):
-        for label, name in enumerate(("dark", "light")):
-            (folder / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = generator.integers(0, 128, (32 + 8 * (index % 3), 40, 3), dtype=np.uint8) + 127 * label
-                image = Image.fromarray(pixels.astype(np.uint8))
-                (image.convert("L") if index == 0 else image).save(folder / split / name / f"{index}.png")
-    return folder
+    """2 x 24 training and 2 x 6 test images."""
+    return write_noise(tmp_path_factory.mktemp("images"), {"train": 24, "test": 6})
 
 
 def flags(images, output, *more):

@@ -10,6 +10,7 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 import utils
+from conftest import write_noise
 from eval_linear import Candidate, EpochBatches, HeadGrid, measure
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -405,16 +406,8 @@ def test_a_diverged_head_is_not_chosen_and_alone_is_an_error(world_of_features, 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Class folders: dark and light noise, 2 x 16 training and 2 x 5 test images."""
-    folder = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 16), ("test", 5)):
-        for label, name in enumerate(("dark", "light")):
-            (folder / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = generator.integers(0, 128, (36, 40, 3), dtype=np.uint8) + np.uint8(127 * label)
-                Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
-    return folder
+    """2 x 16 training and 2 x 5 test images."""
+    return write_noise(tmp_path_factory.mktemp("images"), {"train": 16, "test": 5})
 
 
 def on_images(images, output, *more):
