@@ -86,6 +86,7 @@ def draw_convergence(plt, rows):
             axis.plot(times, accuracy, color=colour, marker=marker, linestyle=dash, markersize=4, label=name)
     axes[0].set_ylabel("k-NN accuracy, top-1 (%)")
     axes[0].set_xlabel("epoch")
+    axes[0].xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     axes[1].set_xlabel("time of training and evaluation (s)")
     axes[0].legend(fontsize=8)
     return figure

@@ -222,7 +222,7 @@ def convergence() -> list[Config]:
 
 
 def all_images() -> list[Config]:
-    """Changes of one or two settings of AUC-CL, NT-Xent and DCL that may matter once there are more images and steps."""
+    """AUC-CL, NT-Xent and DCL as they were tuned, with changes of one or two settings that may matter once there are more images and steps."""
     wide = {"projector": "2048 1024"}
     changes = {
         "AUC-CL": {"nu 8": {"negative_weight": 8}, "nu 32": {"negative_weight": 32}, "2048-1024": wide, "4096-2048": {"projector": "4096 2048"},
@@ -234,6 +234,7 @@ def all_images() -> list[Config]:
     configs = []
     for name, variants in changes.items():
         loss, options, flags = METHODS[name]
+        configs.append(Config(name, flags, loss, options))
         for variant, change in variants.items():
             configs.append(Config(f"{name}, {variant}", flags | {key: value for key, value in change.items() if key not in options}, loss,
                                   {key: change.get(key, value) for key, value in options.items()}))
