@@ -73,7 +73,8 @@ def draw_batch_size(plt, rows):
             axis.plot([row["batch_size"] for row in runs], [row[field] for row in runs], "_", color=colour, markersize=6)
         log_axis(axis, "batch size (images)", {row["batch_size"] for row in rows})
         axis.set_ylabel(f"{title} accuracy, top-1 (%)")
-    axes[0].legend(fontsize=8)
+    if last_rows(rows):
+        axes[0].legend(fontsize=8)
     return figure
 
 
