@@ -23,6 +23,7 @@ FLAGS = ["--dataset", "shapes", "--images", "100", "--epochs", "2", "--arch", "t
          "--device", "cpu", "--amp", "none"]
 RUNS = [{"name": "learned", "flags": {"weights_lr": 0.01}}, {"name": "closed", "flags": {"learn": "none"}, "loss": "ClosedForm"}]
 TIMES = ("images_per_s", "seconds")
+TINY = {"arch": "tiny", "projector": [16, 8], "crop_scale": [0.2, 1.0]}     # of a checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +382,7 @@ def test_jackknife_is_the_textbooks_for_a_plain_product():
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    torch.save({"args": {"arch": "tiny", "projector": [16, 8], "crop_scale": [0.2, 1.0]}, "student": cifar.ContrastiveNet("tiny", (16, 8)).state_dict()}, tmp_path / "c.pth")
+    torch.save({"args": TINY, "student": cifar.ContrastiveNet("tiny", (16, 8)).state_dict()}, tmp_path / "c.pth")
     return tmp_path / "c.pth"
 
 
@@ -443,7 +444,7 @@ def test_bias_keeps_a_file_that_is_no_table(bias_table, tmp_path, content):
     assert (tmp_path / "bias.csv").read_bytes() == content
 
 
-@pytest.mark.parametrize("state", [{}, {"args": None, "student": {}}, {"args": {"arch": "tiny", "projector": [16, 8], "crop_scale": [0.2, 1.0]}, "student": {"x": 1}}])
+@pytest.mark.parametrize("state", [{}, {"args": None, "student": {}}, {"args": TINY, "student": {"x": 1}}])
 def test_bias_refuses_other_checkpoints(shapes, tmp_path, monkeypatch, state):
     monkeypatch.setattr(bias, "load_data", lambda *args: shapes)
     torch.save(state, tmp_path / "wrong.pth")
@@ -452,7 +453,8 @@ def test_bias_refuses_other_checkpoints(shapes, tmp_path, monkeypatch, state):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--images", "16", "--batch_sizes", "3"], "--batch_sizes 3"), (["--draws", "1"], "--draws"), (["--arch", "small"], "leave out"), (["--arch=small"], "leave out")])
+    (["--images", "16", "--batch_sizes", "3"], "--batch_sizes 3"), (["--draws", "1"], "--draws"), (["--arch", "small"], "leave out"),
+    (["--arch=small"], "leave out"), (["--crop_scale", "0.1", "1"], "leave out")])
 def test_bias_refuses_wrong_flags(flags, message):
     with pytest.raises(UserError, match=message):
         bias.main(["none.pth", *flags])
