@@ -229,8 +229,8 @@ def test_a_peer_that_fails_in_training_stops_no_other(lightly, driver, capsys):
 
 def test_every_study_asks_for_losses_that_lightly_has():
     pytest.importorskip("lightly")
-    for _, configs in ((name, entry.configs) for name, entry in study.STUDIES.items()):
-        for config in configs:
+    for entry in study.STUDIES.values():
+        for config in entry.configs:
             study.make_criterion(config, study.arguments(config, [], ROOT))
 
 
