@@ -1,81 +1,86 @@
-"""What the scripts share and what knows no model, loss or augmentation: errors, device, seeds, schedules, checkpoints, logs,
-interruption and data sets."""
+"""What the scripts share: user errors, flags, device and autocast, seeds, schedules, checkpoints, log, interruption.
+
+torch is imported inside the functions that need it, so that --help and a mistaken flag are answered at once.
+"""
 import argparse
 import csv
 import json
 import math
 import os
 import pickle
-import re
 import signal
+import socket
 import sys
-import threading
 import time
-import traceback
-import uuid
-from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
-from typing import Iterator
-from urllib.parse import urlparse
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from PIL import Image
-from torchvision import datasets, transforms
-from tqdm import tqdm
+
+LOST_RANK = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out")
 
 
-# ------------------------------------------------------------------------------------------------------------ user errors
+# ------------------------------------------------------------------------------------------------------ user errors
 
 class UserError(Exception):
-    """Something the user can mend. Its message is one line: what is wrong, then what to do."""
+    """Invalid user input, reported without a traceback. One line: what is wrong, then what to do."""
 
     def __init__(self, message: str):
-        super().__init__(message.rsplit("UserError: ", 1)[-1].strip())  # a DataLoader puts its worker's traceback before it
+        super().__init__(message.rsplit("UserError: ", 1)[-1].strip())  # a DataLoader prepends its worker's traceback
 
 
 def run_script(main) -> None:
-    """Calls main(); a UserError, or a mistaken flag, ends the process with one line on stderr and exit code 2.
-
-    With several ranks, the first that fails says why, and all others end within seconds without a word."""
+    """Calls main(). Invalid input and file errors become one line on stderr and exit code 2, the loss of another
+    rank one line and exit code 1; any other exception is a defect and keeps its traceback."""
     try:
         main()
-        _leave_process_group()
-    except UserError as error:
-        if _fault_watch.report(2) if _fault_watch else _speaks():
-            _fail(str(error))
-        _end(2)
-    except KeyboardInterrupt:  # before or after the loop that `Interruption` guards
+    except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:
-        if _fault_watch is None:
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter fails to flush it
+        _exit("standard output was closed", 2)
+    except (UserError, OSError) as error:
+        _exit(reason(error), 2)
+    except RuntimeError as error:
+        if not _many_ranks() or not any(word in str(error).lower() for word in LOST_RANK):
             raise
-        if _fault_watch.report(1):
-            traceback.print_exc()
-            print(f"error: rank {rank()}: {_reason(error)}", file=sys.stderr, flush=True)
-        _end(1)
+        _exit("lost contact with another rank, which failed, was killed or is unreachable", 1)
 
 
-def _fail(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+def check_flags(parse_args) -> None:
+    """Answers --help and mistaken flags. Called before a script imports torch, which takes seconds."""
+    run_script(parse_args)
 
 
-def _speaks() -> bool:
-    """Whether this process tells its error: of those of a host that stumble over the same flags, the first."""
-    return _joining or int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0
+def reason(error: BaseException) -> str:
+    """One line for an exception: an OSError's text and file, else the last line of the message."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {os.fsdecode(error.filename)}" if error.filename else error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
 
 
-def _end(code: int) -> None:
-    if _fault_watch is None:
-        sys.exit(code)
-    time.sleep(3 * _FaultWatch.POLL)  # the others see the fault before this rank's connections close
-    os._exit(code)                    # an orderly exit would wait for collectives that will never come
+def _many_ranks() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
+
+def _exit(message: str, code: int):
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if rank != "0" and code == 2:
+        time.sleep(5)  # an error that all ranks make is reported once: the launcher ends this rank meanwhile
+    message = " ".join(message.split())
+    print(f"error: {f'rank {rank}: ' if _many_ranks() and code == 1 else ''}{message}", file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun prints its message last
+        extra = {"timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": f"error: {message}", "extraInfo": extra}}))
+    if _many_ranks():
+        os._exit(code)  # an orderly exit would wait for collectives that never complete
+    sys.exit(code)
+
+
+# ------------------------------------------------------------------------------------------------------------ flags
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Shows defaults in --help, and reports a mistaken flag in the same one line as every other error."""
+    """Shows defaults in --help, and reports a mistaken flag as a UserError."""
 
     def __init__(self, doc: str):
         super().__init__(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False)
@@ -89,35 +94,27 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
         return super()._get_help_string(action) if action.default is not None and action.help else action.help
 
 
-def positive_int(text: str) -> int:
-    value = int(text)
-    if not 1 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"must lie between 1 and 2^31 - 1, got {text}")
-    return value
+def number(kind: type, low: float, high: float):
+    """The type of a flag that takes a number from low to high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"must be a {what} from {low:g} to {high:g}, got {text!r}")
+        return value
+    return parse
 
 
-def non_negative_int(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 2^63 - 1, got {text}")
-    return value
-
-
-def non_negative_float(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1e9:
-        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1e9, got {text}")
-    return value
-
-
-def positive_float(text: str) -> float:
-    if (value := non_negative_float(text)) == 0:
-        raise argparse.ArgumentTypeError("must be above 0")
-    return value
+positive_int, non_negative_int = number(int, 1, 2**31 - 1), number(int, 0, 2**63 - 1)
+positive_float, non_negative_float = number(float, 1e-30, 1e9), number(float, 0, 1e9)
+probability = number(float, 0, 1)
 
 
 def number_or_sum(text: str) -> float | str:
-    return text if text == "sum" else float(text)
+    return text if text == "sum" else positive_float(text)
 
 
 def boolean(text: str) -> bool:
@@ -125,7 +122,19 @@ def boolean(text: str) -> bool:
         return True
     if text.lower() in ("false", "no", "off", "0"):
         return False
-    raise argparse.ArgumentTypeError(f"must be true or false, got {text}")
+    raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+
+
+def path(text: str) -> Path:
+    if not text:  # an unset shell variable would mean the current folder
+        raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    return Path(text)
+
+
+def refuse(args: argparse.Namespace, names, why: str) -> None:
+    """UserError if one of the flags, whose defaults are None or False, was given although it has no effect."""
+    if given := [f"--{name}" for name in names if getattr(args, name) not in (None, False)]:
+        raise UserError(f"{', '.join(given)} cannot be used {why}; leave it out")
 
 
 def plain(args: argparse.Namespace) -> dict:
@@ -133,34 +142,120 @@ def plain(args: argparse.Namespace) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
-# -------------------------------------------------------------------------------------------------- processes and device
-
-MEETING = timedelta(minutes=30)  # that processes wait for one another at the start
-
-
-def add_process_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; several processes take a GPU each")
-    parser.add_argument("--dist_url", default="env://", help="where processes meet: env://, tcp://HOST:PORT, file://PATH")
-    # Older launchers pass it; LOCAL_RANK, which all of them set, is what counts.
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+def add_process_flags(parser) -> None:
+    add = parser.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps; several processes take one GPU each")
+    add("--dist_url", default="env://", help="rendezvous of the processes: env://, tcp://HOST:PORT or file://PATH")
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # of old launchers; LOCAL_RANK counts
 
 
-def select_device(name: str) -> torch.device:
-    """The torch device of a --device flag; "auto" takes CUDA, then MPS, then the CPU. UserError if it is not there."""
+def default_workers() -> int:
+    """Loader workers of each process: 10, or its share of the cores that it may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, min(10, cores // (int(here) if here.isdigit() and int(here) else 1)))
+
+
+def by_preset(text: str, recipes: dict, name: str) -> str:
+    """A help text with the default of every preset."""
+    show = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else value  # noqa: E731
+    defaults = {preset: show(recipe[name]) for preset, recipe in recipes.items()}
+    if len(set(defaults.values())) == 1:
+        return f"{text} (default: {next(iter(defaults.values()))})"
+    return f"{text} (default: {', '.join(f'{value} for {preset}' for preset, value in defaults.items())})"
+
+
+def add_objective_flags(parser, recipes: dict) -> None:
+    """The flags of the objective. recipes: preset -> defaults of the flags that are not given."""
+    add = parser.add_argument
+    add("--preset", choices=recipes, default="paper", help="objective, and the defaults that depend on it")
+    add("--negative_weight", type=number_or_sum, help="nu: a number, or 'sum' for the negatives per anchor "
+        "(default: the loss's)")
+    add("--margin_negative_weight", type=number_or_sum, help="kappa: a number or 'sum' (default: the loss's)")
+    add("--score", choices=("cosine", "unit"), help="score of a pair (default: the loss's)")
+    add("--learn", nargs="+", choices=("a", "b", "alpha", "none"),
+        help=by_preset("learned weights of the objective", recipes, "learn"))
+    add("--weights_lr", type=non_negative_float,
+        help=by_preset("learning rate of a, b and alpha", recipes, "weights_lr"))
+
+
+def complete_objective_flags(args: argparse.Namespace, recipes: dict) -> None:
+    """Fills in what the preset decides. UserError for flags that contradict it."""
+    if args.preset != "paper":
+        refuse(args, ("negative_weight", "margin_negative_weight", "score"),
+               f"with --preset {args.preset}, which fixes it")
+    if args.learn and "none" in args.learn:
+        if len(args.learn) > 1:
+            raise UserError("--learn none contradicts the other names behind --learn; give one of them")
+        refuse(args, ("weights_lr",), "with --learn none")
+        args.learn = []
+    for name, value in recipes[args.preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name, value in vars(args).items():
+        if isinstance(value, tuple):
+            setattr(args, name, list(value))  # as a checkpoint gives it back
+
+
+def objective_arguments(args: argparse.Namespace) -> dict:
+    """The arguments of AUCCLLoss.preset(args.preset) that the flags give."""
+    names = "negative_weight", "margin_negative_weight", "score"
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return {**given, "learn": tuple(args.learn)}
+
+
+def check_range(args: argparse.Namespace, name: str, high: float = math.inf) -> None:
+    """UserError unless the two numbers of the flag are 0 < MIN <= MAX <= high."""
+    first, last = getattr(args, name)
+    if not 0 < first <= last <= high:
+        raise UserError(f"--{name} needs 0 < MIN <= MAX{'' if high == math.inf else f' <= {high:g}'}, got {first} {last}")
+
+
+def add_evaluation_flags(parser) -> None:
+    """The flags that evaluations of a pretrained backbone share."""
+    add = parser.add_argument
+    add("--pretrained_weights", type=path, help="checkpoint of main.py, cifar/main.py or DINO, or weights of timm or "
+        "torchvision (.pth, .safetensors) (default: checkpoint.pth of the current folder, if there)")
+    add("--checkpoint_key", help="network of a checkpoint with several (default: teacher, or the only one)")
+    add("--random_weights", action="store_true", help="untrained network, the baseline")
+    add("--arch", help="vit_tiny, vit_small, vit_base, a ResNet of torchvision, timm/NAME or cifar/NAME "
+        "(default: the checkpoint's)")
+    add("--patch_size", type=positive_int, help="pixels a side of a ViT's patches (default: the checkpoint's, else 16)")
+    add("--image_size", type=positive_int, help="pixels a side (default: the checkpoint's, timm's, or 224)")
+    add("--dataset", default="folder", help="folder, cifar10, cifar100, stl10, flowers102, caltech101, food101, pets, "
+        "aircraft, dtd, eurosat, svhn, or hfds/NAME of the Hugging Face hub")
+    add("--data_path", type=path, help="folder with train/ and val/ (or test/), or the root of --dataset "
+        "(default for a --dataset: cifar/datasets beside this script)")
+    add("--download", action="store_true", help="fetch --dataset if it is not in --data_path")
+    add("--batch_size_per_gpu", type=positive_int, default=128, help="images per batch of each process")
+    add("--num_workers", type=non_negative_int, default=default_workers(), help="loader workers of each process")
+    add("--amp", choices=("none", "auto", "bf16", "fp16"), default="none",
+        help="autocast of the backbone; full precision by default, so that figures compare across machines")
+    add("--seed", type=non_negative_int, default=0, help="seed of random weights and of the choice of images")
+    add_process_flags(parser)
+
+
+# ----------------------------------------------------------------------------------------------- device and autocast
+
+def select_device(name: str):
+    """The torch.device of a --device flag; "auto" takes CUDA, then MPS, then the CPU. UserError if it is missing."""
+    import torch
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
     try:
         device = torch.device(name)
-        if available.get(device.type, False) and (device.index or 0) < (torch.cuda.device_count() if device.type == "cuda" else 1):
+        count = torch.cuda.device_count() if device.type == "cuda" else 1
+        if available.get(device.type, False) and (device.index or 0) < count:
             return device
-    except RuntimeError:  # no device's name
+    except RuntimeError:  # not a device's name
         pass
     raise UserError(f"device {name!r} is not available here; use --device {'|'.join(k for k, v in available.items() if v)}")
 
 
-def select_amp(name: str, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype of an --amp flag, None for full precision. "auto" takes bf16 where the hardware has it natively."""
+def select_amp(name: str, device):
+    """The autocast dtype of an --amp flag, None for full precision. "auto": bf16 where the hardware has it natively."""
+    import torch
     if name in ("none", "fp16"):
         return torch.float16 if name == "fp16" else None
     if device.type == "cuda":
@@ -170,213 +265,41 @@ def select_amp(name: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if native or name == "bf16" else None
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes that tensors took at most on a GPU, or this process on a CPU."""
+def autocast(device, dtype):
+    """torch.autocast in `dtype`; None for full precision."""
+    import torch
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def peak_memory(device) -> int:
+    """Peak bytes of tensors on a GPU, or of this process on a CPU."""
     if device.type == "cuda":
+        import torch
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def init_distributed(device: str = "auto", dist_url: str = "env://") -> torch.device:
-    """Joins the process group if a launcher (torchrun, torch.distributed.launch, srun) started this process, and returns
-    the device to use: gloo serves CPUs, nccl GPUs. UserError if the device is not there or the processes do not meet."""
-    global _fault_watch, _joining
-    _joining = True
-    _read_slurm()
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return select_device(device)
-    chosen = _device_of_rank(device)
-    if os.environ["RANK"] == "0":  # a job script that forgot srun would wait here
-        print(f"waiting for {world} processes at {os.environ.get('MASTER_ADDR', dist_url)}", file=sys.stderr, flush=True)
-    try:
-        own_rank = int(os.environ["RANK"])
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", store=_meet(dist_url, own_rank, world),
-                                rank=own_rank, world_size=world)
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{world} processes were started but do not meet at --dist_url {dist_url}: {_reason(error)}") from error
-    host = urlparse(dist_url).hostname or os.environ.get("MASTER_ADDR", "localhost")
-    _fault_watch = _FaultWatch(host)
-    _fault_watch.start()
-    return chosen
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    return dist.get_rank() if world_size() > 1 else 0
-
-
-def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, replaced by its sum over ranks."""
-    if world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def same_over_ranks(*numbers: int) -> bool:
-    """Whether all ranks call this with the same numbers."""
-    low = torch.tensor(numbers)
-    high = low.clone()
-    if world_size() > 1:
-        dist.all_reduce(low, dist.ReduceOp.MIN)
-        dist.all_reduce(high, dist.ReduceOp.MAX)
-    return torch.equal(low, high)
-
-
-def gather_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """All `count` items in order, on every rank; `rows` [n, ...] are items rank, rank + W, rank + 2W, ... on this one of W."""
-    if world_size() == 1:
-        return rows
-    longest = -(-count // world_size())
-    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(parts, padded)
-    return torch.stack(parts, 1).flatten(0, 1)[:count]
-
-
-def share(rows):
-    """This rank's part of what all ranks hold: items rank, rank + W, ... on W ranks, as `gather_rows` takes them."""
-    return rows[rank()::world_size()]
-
-
-def _read_slurm() -> None:
-    """Names what srun says about this process as torch's launchers do. The variables of a launcher come first."""
-    env = os.environ
-    tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))  # of the step, that is of srun; of the job
-    if "RANK" in env or "SLURM_PROCID" not in env or tasks == "1":
-        return
-    # The first host of a list like gpu[07-09,12],login1
-    host = re.match(r"([^\[,]+)(?:\[(\w+))?", env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "localhost")))
-    env.setdefault("MASTER_ADDR", host[1] + (host[2] or ""))
-    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))  # jobs on one host should differ
-    env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=tasks, LOCAL_RANK=env.get("SLURM_LOCALID", "0"))
-
-
-def _meet(url: str, own_rank: int, world: int) -> dist.Store:
-    """The store that the process group is set up by, cleared of what an earlier attempt left there: torchrun keeps one store over
-    restarts, where a fast rank could find the former address of a slow one. So each process names itself anew, and rank 0 answers
-    with a prefix until all have it."""
-    store = next(dist.rendezvous(url, own_rank, world, timeout=MEETING))[0]
-    name, deadline = uuid.uuid4().hex, time.monotonic() + MEETING.total_seconds()
-    if own_rank > 0:
-        store.set(f"name/{own_rank}", name)
-        prefix = store.get(f"answer/{name}").decode()
-        store.add(f"met/{prefix}", 1)
-        return dist.PrefixStore(prefix, store)
-    while store.add(f"met/{name}", 0) < world - 1:
-        for other in range(1, world):
-            if store.check([f"name/{other}"]):
-                store.set(f"answer/{store.get(f'name/{other}').decode()}", name)
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"not all of them came within {MEETING}")
-        time.sleep(0.05)
-    return dist.PrefixStore(name, store)
-
-
-def _device_of_rank(name: str) -> torch.device:
-    local, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if ":" in name or name == "mps":
-        raise UserError(f"--device {name} is one device, but there are several processes; use cuda or cpu")
-    device = select_device("cpu" if name == "auto" and not torch.cuda.is_available() else name)
-    if device.type != "cuda":
-        return device
-    if local_world > torch.cuda.device_count():
-        raise UserError(f"{local_world} processes were started on this host, which has {torch.cuda.device_count()} GPUs; lower "
-                        "--nproc_per_node, or use --device cpu")
-    device = torch.device("cuda", local % torch.cuda.device_count())  # Slurm may show each process its own GPU alone, as 0
-    torch.cuda.set_device(device)
-    return device
-
-
-class _FaultWatch(threading.Thread):
-    """Ends this process when another rank has failed: it may be waiting in a collective for one that will never come.
-
-    Rank 0 hosts a store, apart from the process group's, which a rank that fails leaves word in and all others poll. Each counts its
-    polls there, so that rank 0 misses one that was killed."""
-    POLL = 0.3   # seconds
-    LOST = 100   # polls of rank 0 without one of another rank
-
-    def __init__(self, host: str):
-        super().__init__(daemon=True)
-        port = torch.zeros((), dtype=torch.int64)
-        if rank() == 0:
-            self.server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-            port.fill_(self.server.port)
-        dist.broadcast(port, 0)
-        self.store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=30))
-        self.stopped = False
-
-    def run(self):
-        polls, last = 0, [(b"", 0)] * world_size()  # of each rank: its latest count, and rank 0's when that was new
-        while not self.stopped:
-            time.sleep(self.POLL)
-            polls += 1
-            if self.stopped:
-                return
-            try:
-                self.store.set(f"polls{rank()}", str(polls))
-                code = int(self.store.get("fault")) if self.store.check(["fault"]) else 0
-                for other in range(1, world_size()) if rank() == 0 else ():
-                    count = self.store.get(f"polls{other}") if self.store.check([f"polls{other}"]) else b""
-                    last[other] = last[other] if count == last[other][0] else (count, polls)
-                    if polls - last[other][1] > self.LOST and self.report(1):
-                        _fail(f"rank {other} no longer answers; it was killed, or its host is gone")
-                        _end(1)
-            except RuntimeError:  # rank 0 is gone
-                code = 1
-                if not self.stopped and rank() == 1:
-                    _fail("rank 0 no longer answers; it was killed, or its host is gone")
-            if code and not self.stopped:
-                os._exit(code)
-
-    def report(self, code: int) -> bool:
-        """Leaves word that this rank fails with exit code `code`; whether it is the first, which has to say why."""
-        self.stopped = True
-        try:
-            first = self.store.add("reports", 1) == 1
-            if first:
-                self.store.set("fault", str(code))
-        except RuntimeError:  # rank 0 is gone
-            first = rank() == 1
-        return first
-
-
-_fault_watch: _FaultWatch | None = None
-_joining = False  # the flags are read; what goes wrong from now on may concern this process alone
-
-
-def _leave_process_group() -> None:
-    if _fault_watch:
-        dist.barrier()  # no rank's success may look like a fault to another
-        _fault_watch.stopped = True
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-# ----------------------------------------------------------------------------------------------- seeds, order, schedules
+# ----------------------------------------------------------------------------------------- seeds, order, schedules
 
 def stream_seed(*keys: int) -> int:
-    """A 63-bit seed for the random stream named by `keys` (seed, rank, epoch, step, ...). Streams of different keys are
-    independent, and none needs to be saved: after a resume the keys name it again."""
-    words = np.random.SeedSequence((len(keys), *keys)).generate_state(1, np.uint64)  # it takes (1,) and (1, 0) for the same
+    """A 63-bit seed for the random stream named by `keys` (seed, rank, epoch, step, ...). Streams of different keys
+    are independent, and none needs to be saved: a resumed run names it again."""
+    words = np.random.SeedSequence((len(keys), *keys)).generate_state(1, np.uint64)  # (1,) and (1, 0) would be equal
     return int(words[0] >> np.uint64(1))
 
 
-def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[torch.Tensor]:
-    """Index batches [batch_size] of one epoch's random order of `count` images, from batch `start` on; a last, smaller batch
-    is left out. The order is a function of seed and epoch, so that a resumed epoch goes on where it stopped."""
-    generator = torch.Generator().manual_seed(stream_seed(seed, epoch))
-    order = torch.randperm(count, generator=generator)
+def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, start: int = 0):
+    """Yields index batches [batch_size] of one epoch's random order of `count` images, from batch `start` on; a
+    last, smaller batch is left out. The order depends on seed and epoch alone."""
+    import torch
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(stream_seed(seed, epoch)))
     for batch in range(start, count // batch_size):
         yield order[batch * batch_size:(batch + 1) * batch_size]
 
 
 def cosine_schedule(step: int, steps: int, base: float, final: float = 0.0, warmup_steps: int = 0) -> float:
-    """The value at `step` (0-based) of `steps`: a linear warm-up to `base`, which reaches it after `warmup_steps` steps, then
+    """The value at `step` (0-based) of `steps`: a linear warm-up that reaches `base` after `warmup_steps` steps, then
     half a cosine down to `final` at the last step. The warm-up may be longer than the run."""
     if step < warmup_steps:
         return base * (step + 1) / warmup_steps
@@ -384,40 +307,48 @@ def cosine_schedule(step: int, steps: int, base: float, final: float = 0.0, warm
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-# ------------------------------------------------------------------------------------------------------------ checkpoints
+# ------------------------------------------------------------------------------------------ checkpoints and resume
 
 def replace_file(path: Path, write, mode: str = "w") -> None:
-    """Has `write(file)` fill a file aside and renames it, so that `path` holds the old or the new content, whole, at every
-    moment. UserError if the disk is full or refuses; the old content is then still there."""
-    aside = path.with_name(path.name + ".partial")
+    """Lets `write(file)` fill a temporary file and renames it, so that `path` holds the old or the new content,
+    whole, at every moment. UserError if that fails; the old content is then still there."""
+    temporary = path.with_name(path.name + ".partial")
     try:
-        with open(aside, mode, newline=None if "b" in mode else "") as file:
+        with open(temporary, mode, newline=None if "b" in mode else "") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save wraps what write() raises in a RuntimeError
-        aside.unlink(missing_ok=True)
-        kept = "; what was saved before is intact" if path.exists() else ""
-        raise UserError(f"cannot write {path}: {_reason(error)}{kept}. Make room, then run the same command again") from error
+        temporary.unlink(missing_ok=True)
+        while isinstance(error.__context__, Exception) and not isinstance(error, OSError):
+            error = error.__context__
+        kept = ". Its former content is intact" if path.exists() else ""
+        raise UserError(f"cannot write {path}: {reason(error)}{kept}. Free space, then run the same command again") from error
 
 
 def save_checkpoint(state: dict, path: Path) -> None:
     """Replaces the checkpoint at `path`, see `replace_file`."""
+    import torch
     replace_file(path, lambda file: torch.save(state, file), "wb")
 
 
 def load_checkpoint(path: Path, advice: str = "move it away or restore a copy") -> dict:
-    """A checkpoint's dict, on the CPU. Never runs code from the file (`weights_only`); UserError if it cannot be read, which ends
-    with the advice if the file holds what only code could build."""
+    """A checkpoint's dict, on the CPU. Never runs code from the file (`weights_only`). UserError if it cannot be
+    read; `advice` is for a file that holds what only code could build."""
+    import torch
     try:
+        if path.stat().st_size == 0:
+            raise UserError(f"checkpoint {path} is empty; move it away or restore a copy")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
+    except (UserError, PermissionError, IsADirectoryError):
+        raise
     except Exception as error:  # torch.load raises half a dozen types for damaged files
-        code = isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower()
-        advice = advice if code else "move it away or restore a copy"
-        raise UserError(f"cannot read checkpoint {path}: {_reason(error)}; {advice}") from error
+        if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
+            raise UserError(f"checkpoint {path} holds more than tensors and plain data, which is not loaded; {advice}") from error
+        raise UserError(f"checkpoint {path} is damaged or no checkpoint; move it away or restore a copy") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} is no checkpoint: it holds a {type(state).__name__}, not a dict")
     return state
@@ -425,61 +356,67 @@ def load_checkpoint(path: Path, advice: str = "move it away or restore a copy") 
 
 def check_same_run(saved: dict, args: dict, path: Path, free: tuple[str, ...] = ()) -> None:
     """UserError if the flags saved in a checkpoint contradict those of this run; the names in `free` may differ."""
-    differing = [f"--{name} {_flag(saved.get(name))} there, {_flag(value)} here"
-                 for name, value in args.items() if name not in free and saved.get(name) != value]
-    if differing:
+    show = lambda value: " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value  # noqa: E731
+    if differing := [f"--{name} {show(saved.get(name))} there, {show(value)} here"
+                     for name, value in args.items() if name not in free and saved.get(name) != value]:
         raise UserError(f"{path} belongs to another run: {'; '.join(differing)}. Resume with the same flags, or choose "
                         "another --output_dir")
 
 
-def read_resume(args: argparse.Namespace, folder: Path, free: tuple[str, ...]) -> dict | None:
-    """The checkpoint.pth of a run in `folder`, None if there is none. UserError if it is no checkpoint of a run with the same
-    flags, those in `free` aside, or if only the log of a run is left."""
-    path = folder / "checkpoint.pth"
+def read_resume(args: argparse.Namespace, path: Path, free: tuple[str, ...], flags: dict | None = None) -> dict | None:
+    """The checkpoint of an unfinished run with the same flags, those in `free` aside; None if there is neither a
+    checkpoint nor a log. UserError if it belongs to another run, or if only its log.txt is left."""
     if not path.exists():
-        if read_records(folder / "log.txt"):
-            raise UserError(f"{folder / 'log.txt'} belongs to a run whose checkpoint is gone; move it away or choose another "
-                            "--output_dir")
+        if (log := path.with_name("log.txt")).exists() and log.stat().st_size:
+            raise UserError(f"{log} belongs to another run, or to one whose {path.name} is gone; move it away or choose "
+                            "another --output_dir")
         return None
     state = load_checkpoint(path)
     if not isinstance(state.get("args"), dict):
         raise UserError(f"{path} is no checkpoint of this script: it lacks its flags; move it away")
-    check_same_run(state["args"], plain(args), path, free)
+    check_same_run(state["args"], flags or plain(args), path, free)
     return state
 
 
-def make_output_dir(path: Path, flag: str = "--output_dir") -> Path:
-    """The folder, made if missing. UserError if it cannot be written to."""
+def load_parts(state: dict, parts: dict, path: Path) -> None:
+    """Loads `state[name]` into each of `parts`, name -> module, optimiser or the like. UserError if one does not fit."""
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state[name])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} does not fit this run's {name}: {reason(error)}; move it away") from error
+
+
+def lock_folder(folder: Path):
+    """Makes the folder and locks it for this process until the returned file is closed. UserError if another process
+    holds the lock, or it cannot be written to. The lock of a process that has ended is void."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "run.lock", "a+")
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / ".writable").touch()
-        (path / ".writable").unlink(missing_ok=True)  # another rank may have been faster
-    except OSError as error:
-        raise UserError(f"cannot write to the output folder {path}: {_reason(error)}; choose another {flag}") from error
-    return path
-
-
-def _flag(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _reason(error: Exception) -> str:
-    while not isinstance(error, OSError) and isinstance(error.__context__, Exception):
-        error = error.__context__  # what torch.save wraps
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.strip().splitlines()[0][:200]
+        import fcntl  # not on Windows
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return file
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(f"another run writes to {folder} ({file.read().strip()}); wait for it, or choose another "
+                        "--output_dir") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def leave_group(worker: int) -> None:
-    """A loader's `worker_init_fn`: a signal that a terminal or a launcher sends to a run's whole process group stays clear of the
-    workers, without which the run could not go on to save."""
+    """A loader's `worker_init_fn`: keeps the workers running when a signal reaches the whole process group, as from a
+    terminal or launcher, until their trainer has saved."""
     if hasattr(os, "setsid"):
         os.setsid()
 
 
 class Interruption:
-    """Turns SIGTERM and Ctrl-C into a request that the loop answers between two steps: save, then leave. A second signal
-    ends the process at once. `close` gives the signals their former meaning back, for a process that goes on to other things."""
+    """Turns SIGTERM and Ctrl-C into a request that the loop answers between two steps: save, then exit. A second
+    signal ends the process at once. `close` restores the former handlers."""
 
     def __init__(self):
         self.signal = None
@@ -493,341 +430,112 @@ class Interruption:
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
 
-    def leave(self, message: str) -> None:
-        if rank() == 0:
-            print(message, file=sys.stderr, flush=True)
-        _leave_process_group()
+    def exit(self, message: str):
+        print(message, file=sys.stderr, flush=True)
         sys.exit(128 + (self.signal or signal.SIGTERM))  # None: the signal went to another rank
 
 
-# ------------------------------------------------------------------------------------------------------------------- logs
+# -------------------------------------------------------------------------------------------------------------- log
+
+SHORT = {"train_loss": "loss", "train_lr": "lr", "train_wd": "wd", "test_acc@1": "acc@1", "test_acc@5": "acc@5",
+         "test_auc": "auc", "positive": "pos", "negative": "neg", "images_per_s": "img/s", "data_wait": "wait",
+         "memory_gb": "GB", "hours_left": "hours", "seconds": "sec", "knn_acc@1": "knn@1", "knn_acc@5": "knn@5",
+         "test_loss": "t_loss", "test_acc1": "acc@1", "test_acc5": "acc@5", "test_class_acc1": "class@1"}
+NARROW = ("epoch", "step", "positive", "negative", "a", "b", "alpha")
+
 
 class RunLog:
-    """Records (flat dicts with their "epoch", and a "step" if they are of a part of it) to the screen, `log.txt` (JSON lines),
-    TensorBoard and, if it has a name, a CSV.
+    """Writes records (flat dicts with an "epoch" from 0, and a "step" if they are of a part of it) to the screen,
+    log.txt (JSON lines, only ever appended to), TensorBoard and, if it is named, a CSV table of the epochs.
 
-    position: (epoch, step) that runs next. On a resume, records of what lies beyond are dropped: they were written by a run
-        that was killed before the checkpoint that would have kept them, and will be written again.
-    steps: of an epoch, for TensorBoard's axis.
+    position: (epoch, step) that runs next; `records` holds what log.txt tells of the run before it.
+    steps: steps per epoch, for TensorBoard's axis.
     """
 
-    def __init__(self, folder: Path, position: tuple[int, int], steps: int = 1, csv_name: str | None = None):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import: not for --help
-        self.text, self.table, self.steps = folder / "log.txt", folder / csv_name if csv_name else None, steps
-        self.records = [r for r in read_records(self.text) if (r["epoch"], r.get("step", math.inf)) <= position]
-        replace_file(self.text, lambda file: file.writelines(json.dumps(record) + "\n" for record in self.records))
-        self._write_table()
+    def __init__(self, folder: Path, position: tuple[int, int], steps: int = 1, table: str | None = None):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+        self.path, self.steps, self.columns = folder / "log.txt", steps, []
+        self.records = [r for r in read_records(self.path) if (r["epoch"], r.get("step", math.inf)) <= position]
+        self.table = folder / table if table else None
+        self.rows = read_table(self.table) if table and self.table.exists() else {}
         self.board = SummaryWriter(folder / "tensorboard", purge_step=position[0] * steps + position[1] + 1)
 
     def write(self, record: dict) -> None:
-        print(format_record(record), flush=True)
+        self._print(record)
         self.records.append(record)
         try:
-            with open(self.text, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            with open(self.path, "a+b") as file:
+                torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"  # by a kill
+                file.write(b"\n" * bool(torn) + json.dumps(record).encode() + b"\n")
+            for name, value in record.items():
+                if name not in ("epoch", "step") and value is not None:
+                    part, at = (("steps", record["epoch"] * self.steps + record["step"]) if "step" in record else
+                                ("epochs", record["epoch"] + 1))
+                    self.board.add_scalar(f"{part}/{name}", value, at)
+            self.board.flush()
         except OSError as error:
-            raise UserError(f"cannot write {self.text}: {_reason(error)}. Make room, then run the same command again") from error
-        self._write_table()
-        part = "steps" if "step" in record else "epochs"
-        for name, value in record.items():
-            if name not in ("epoch", "step"):
-                self.board.add_scalar(f"{part}/{name}", value, record["epoch"] * self.steps + record.get("step", self.steps))
-        self.board.flush()
+            raise UserError(f"cannot write to {self.path.parent}: {reason(error)}. Free space, then run the same command "
+                            "again") from error
+        if self.table and "step" not in record:
+            self.rows[str(record["epoch"])] = record
+            names = list(dict.fromkeys(name for row in self.rows.values() for name in row))
+            rows = sorted(self.rows.items(), key=lambda item: int(item[0]))
+            replace_file(self.table, lambda file: csv.writer(file).writerows(
+                [names, *([row.get(name, "") for name in names] for _, row in rows)]))
 
-    def _write_table(self) -> None:
-        if self.table:
-            rows = [list(self.records[0])] + [list(r.values()) for r in self.records] if self.records else []
-            replace_file(self.table, lambda file: csv.writer(file).writerows(rows))
+    def _print(self, record: dict) -> None:
+        if new := [name for name in record if name not in self.columns]:
+            self.columns += new
+            print(" ".join(f"{SHORT.get(name, name):>{_width(name)}}" for name in self.columns))
+        shown = record | {"epoch": record["epoch"] + 1}  # people count from 1
+        print(" ".join(f"{format_value(shown.get(name)):>{_width(name)}}" for name in self.columns), flush=True)
 
 
-def read_records(path: Path) -> list[dict]:
-    """The records of a log.txt, oldest first; none if there is no such file. A last line that a kill cut off is left out.
-    UserError if another line is no record."""
-    if not path.exists():
-        return []
-    try:
-        records = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the log {path}: {_reason(error)}; move it away") from error
-    if not all(isinstance(record, dict) and "epoch" in record for record in records):
-        raise UserError(f"{path} is no log of epochs; move it away")
-    return records
+def _width(name: str) -> int:
+    return max(len(SHORT.get(name, name)), 6 if name in NARROW else 7)
+
+
+def format_value(value) -> str:
+    """A value of a record in at most 7 characters, if it is a number."""
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    return f"{value:.4g}" if value == 0 or 0.1 <= abs(value) < 1e4 else f"{value:.2g}"
 
 
 def format_record(record: dict) -> str:
-    """A record as one line for the screen."""
-    return "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in record.items())
+    """A record as one line of names and values."""
+    return "  ".join(f"{name} {format_value(value)}" for name, value in record.items())
 
 
-def progress(steps, done: int, total: int, title: str):
-    """Iterates over `steps` with a bar and the time left on a terminal; in a file, a plain line a minute; on ranks but the first,
-    nothing. `done` of `total` steps lie behind already. Yields (step, note): note(text) shows a few words beside the bar."""
-    if rank() > 0:
-        yield from ((step, lambda text: None) for step in steps)
-        return
-    if sys.stderr.isatty():
-        with tqdm(steps, desc=title, initial=done, total=total, leave=False, dynamic_ncols=True) as bar:
-            for step in bar:
-                yield step, bar.set_postfix_str
-        return
-    started = printed = time.monotonic()
-    latest = ""
-
-    def note(text):
-        nonlocal latest
-        latest = text
-    for count, step in enumerate(steps, 1):
-        yield step, note
-        if (now := time.monotonic()) - printed > 60:
-            printed = now
-            left = (now - started) / count * (total - done - count)
-            print(f"{title}  step {done + count}/{total}  {latest}  {left / 60:.1f} min left", flush=True)
-
-
-# -------------------------------------------------------------------------------------------------------------- data sets
-
-DATASETS = ("cifar10", "cifar100", "stl10", "flowers102", "caltech101", "food101", "pets", "aircraft", "dtd", "eurosat", "svhn",
-            "folder")
-# Name -> torchvision's class, and its arguments for each split; several are put together: where an official validation set
-# exists, evaluations train on it as well.
-_TRAIN, _TEST, _ALL = {"split": "train"}, {"split": "test"}, {}
-TORCHVISION = {
-    "cifar10": ("CIFAR10", {"train": [{"train": True}], "test": [{"train": False}]}),
-    "cifar100": ("CIFAR100", {"train": [{"train": True}], "test": [{"train": False}]}),
-    "stl10": ("STL10", {"train": [_TRAIN], "test": [_TEST], "unlabeled": [{"split": "unlabeled"}]}),
-    "flowers102": ("Flowers102", {"train": [_TRAIN, {"split": "val"}], "test": [_TEST]}),
-    "caltech101": ("Caltech101", {"train": [_ALL], "test": [_ALL]}),
-    "food101": ("Food101", {"train": [_TRAIN], "test": [_TEST]}),
-    "pets": ("OxfordIIITPet", {"train": [{"split": "trainval"}], "test": [_TEST]}),
-    "aircraft": ("FGVCAircraft", {"train": [{"split": "trainval"}], "test": [_TEST]}),
-    "dtd": ("DTD", {"train": [_TRAIN, {"split": "val"}], "test": [_TEST]}),
-    "eurosat": ("EuroSAT", {"train": [_ALL], "test": [_ALL]}),
-    "svhn": ("SVHN", {"train": [_TRAIN], "test": [_TEST]}),
-}
-# Sets without an official split: how many of a class's n images are to train on; the others are the test set.
-_TRAIN_PER_CLASS = {"caltech101": lambda n: 30, "eurosat": lambda n: (0.8 * n).round()}
-_UNDECODABLE = OSError, ValueError, SyntaxError, Image.DecompressionBombError
-
-
-def dataset_name(text: str) -> str:
-    """The type of a --dataset flag."""
-    if text not in DATASETS and "/" not in text:
-        raise argparse.ArgumentTypeError(f"unknown data set {text!r}; choose from {', '.join(DATASETS)}, or a source of timm such "
-                                         "as hfds/NAME or torch/NAME")
-    return text
-
-
-class LabelledImages(torch.utils.data.Dataset):
-    """RGB images and their labels: item i is (PIL image, or what `transform` makes of it; int).
-
-    classes: the names of labels 0, 1, ...; None where the source does not tell.
-    targets: the labels of all images, as a list.
-    """
-
-    def __init__(self, source, classes: list[str] | None, transform=None, indices: list[int] | None = None):
-        self.source, self.classes, self.transform, self.indices = source, classes, transform, indices
-
-    def __len__(self):
-        return len(self.source if self.indices is None else self.indices)
-
-    def __getitem__(self, index: int):
+def read_records(path: Path) -> list[dict]:
+    """The records of a log.txt, the last of each (epoch, step), in order; none if there is no such file. Lines that
+    are no record (a kill may leave half a line) are reported and left alone."""
+    if not path.exists():
+        return []
+    records, bad = {}, []
+    for line_number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            image, label = self.source[index if self.indices is None else self.indices[index]]
-            image = image.convert("RGB")
-        except _UNDECODABLE as error:
-            raise UserError(f"cannot decode image {index} of the data set: {_reason(error)}; replace or remove it") from error
-        return image if self.transform is None else self.transform(image), int(label)
-
-    @cached_property
-    def targets(self) -> list[int]:
-        targets = _targets(self.source)
-        return targets if self.indices is None else [targets[index] for index in self.indices]
+            record = json.loads(line)
+            records[int(record["epoch"]), int(record.get("step", 2**62))] = record
+        except (ValueError, KeyError, TypeError, AttributeError):
+            bad.append(line_number)
+    if bad:
+        print(f"note: {path} has {len(bad)} lines that are no record, the first is line {bad[0]}; they are kept",
+              file=sys.stderr, flush=True)
+    return [records[key] for key in sorted(records)]
 
 
-class ImageStream(torch.utils.data.IterableDataset):
-    """What `LabelledImages` is, for sources of timm that cannot be read by index (wds/, tfds/, hfids/); for one process."""
-
-    def __init__(self, source, transform=None):
-        self.source, self.classes, self.transform = source, None, transform
-
-    def __iter__(self):
-        for image, label in self.source:
-            yield image if self.transform is None else self.transform(image), int(label)
-
-    def __len__(self):
-        return len(self.source)
+def read_table(path: Path) -> dict[str, dict]:
+    """The rows of a run's CSV by epoch. UserError if it is none: it would be overwritten."""
+    with open(path, newline="", errors="replace") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not all((row.get("epoch") or "").lstrip("-").isdigit() for row in rows):
+        raise UserError(f"{path} is no table of epochs; move it away")
+    return {row["epoch"]: row for row in rows}
 
 
-def build_dataset(name: str, path: Path | None, split: str, transform=None, download: bool = True):
-    """A labelled data set: LabelledImages, or ImageStream.
-
-    Args:
-        name: one of DATASETS: "folder", or a set of torchvision. Or a source of timm.data.create_dataset, "hfds/NAME", "wds/NAME"
-            and so on, also with "timm/" before it: "timm/" alone is timm's reader of folders.
-        path: torchvision's or timm's root, or the folder that holds `train/` and `test/` (or `val/`), each with a folder a class.
-        split: "train" or "test"; for stl10 also "unlabeled". train includes an official validation set (flowers102, pets, aircraft,
-            dtd). caltech101 and eurosat have no official split: by a fixed seed, 30 images of each class of caltech101 (its
-            background left out) and 80 % of each of eurosat are for training, all others for testing.
-        transform: of a PIL image.
-        download: whether the set may be fetched into `path` where it is missing. Several ranks: the first fetches it.
-
-    UserError for a set that is not there, a download that fails, a missing or empty folder, and, on access, an image that cannot
-    be decoded.
-    """
-    if name == "folder":
-        source = _image_folder(path, split)
-        return LabelledImages(source, source.classes, transform)
-    if download and rank() > 0:
-        dist.barrier()
-    dataset = _timm_dataset(name, path, split, download) if "/" in name else _torchvision_dataset(name, path, split, download)
-    if download and world_size() > 1 and rank() == 0:
-        dist.barrier()
-    dataset.transform = transform
-    return dataset
-
-
-def build_splits(name: str, path: Path | None, transform=None, download: bool = False):
-    """`build_dataset` of train and test. UserError also if their classes differ."""
-    train, test = (build_dataset(name, path, split, transform, download) for split in ("train", "test"))
-    if train.classes != test.classes:
-        differing = sorted(set(train.classes or ()) ^ set(test.classes or ()))
-        what = f"{', '.join(differing[:10])} in one of them" if differing else "the same in another order"
-        raise UserError(f"train and test in {path} have different classes: {what}")
-    return train, test
-
-
-def eval_transform(image_size: int, mean, std):
-    """PIL image -> [3, image_size, image_size], normalised: bicubic resize of the shorter side and centre crop. The crop takes
-    7/8 of the shorter side (224 of 256, as is usual for ImageNet), of images for at most 96 pixels all of it."""
-    resized = round(image_size * 8 / 7) if image_size > 96 else image_size
-    return transforms.Compose([transforms.Resize(resized, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(image_size),
-                               transforms.ToTensor(), transforms.Normalize(mean, std)])
-
-
-def _torchvision_dataset(name: str, path: Path, split: str, download: bool) -> LabelledImages:
-    constructor, splits = TORCHVISION[name]
-    try:
-        parts = [getattr(datasets, constructor)(path, **arguments, download=download) for arguments in splits[split]]
-    except Exception as error:  # urllib, ssl, tarfile and torchvision each raise their own
-        doing, hint = (f"download {name} into", "Copy its files there") if download else (
-            f"read {name} in", "Give its folder as --data_path, let --download fetch it")
-        raise UserError(f"cannot {doing} {path}: {_reason(error)}. {hint}, or give a local copy as class folders with --dataset "
-                        "folder --data_path DIR (DIR/train, DIR/test)") from error
-    source = parts[0] if len(parts) == 1 else torch.utils.data.ConcatDataset(parts)
-    classes = getattr(parts[0], "classes", None) or getattr(parts[0], "categories", None)
-    if classes is None:  # svhn: digits
-        classes = [str(label) for label in range(10)]
-    indices = None
-    if name in _TRAIN_PER_CLASS:
-        labels, generator = torch.tensor(_targets(source)), torch.Generator().manual_seed(0)
-        train, test = split_by_class(labels, _TRAIN_PER_CLASS[name], generator)
-        indices = (train if split == "train" else test).sort().values.tolist()
-    return LabelledImages(source, list(classes), indices=indices)
-
-
-def split_by_class(labels: torch.Tensor, take, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of a random choice out of every class, and of all others, both class by class.
-
-    labels: [N] in [0, C), on the CPU. take: from the classes' numbers of images [C], float64, to how many to choose, a number
-        or [C].
-    """
-    counts = labels.bincount()
-    order = torch.randperm(len(labels), generator=generator)
-    order = order[labels[order].argsort(stable=True)]
-    place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]     # within its class
-    chosen = place < torch.as_tensor(take(counts.double())).expand(len(counts))[labels[order]]
-    return order[chosen], order[~chosen]
-
-
-def _targets(source) -> list[int]:
-    if isinstance(source, torch.utils.data.ConcatDataset):
-        return [label for part in source.datasets for label in _targets(part)]
-    name = next((name for name in ("targets", "labels", "_labels", "y") if hasattr(source, name)), None)
-    if name is None:
-        raise UserError(f"{type(source).__name__} keeps no list of its labels; use a copy as class folders, --dataset folder")
-    return [int(label) for label in getattr(source, name)]
-
-
-def _timm_dataset(name: str, path: Path | None, split: str, download: bool) -> LabelledImages | ImageStream:
-    import timm.data  # slow to import, and only this needs it
-    source = name.removeprefix("timm/")
-    kind = source.partition("/")[0].lower()
-    if kind in ("hfds", "hfids") and not download:
-        raise UserError(f"{source} comes over the network or from its library's cache; add --download to allow it")
-    if kind not in ("hfds", "hfids", "tfds", "wds", "torch") or source.lower() in ("torch/folder", "torch/image_folder"):
-        path = _split_folder(path, split)  # timm's own search falls back on the whole of `path`
-    reason = "it has no labels"
-    for part in ("train",) if split == "train" else ("test", "validation"):  # sources name it either way
-        try:
-            dataset = timm.data.create_dataset(source, root=path and str(path), split=part, search_split=False, download=download)
-        except Exception as error:  # every source raises its own
-            reason = _reason(error)
-            continue
-        dataset = _from_timm(dataset)
-        if split == "train" or next(iter(dataset), (None, 0))[1] >= 0:  # some publish their test set with labels of -1
-            return dataset
-    raise UserError(f"timm cannot open {source}, {split}, in {path}: {reason}; check --dataset, --data_path")
-
-
-def _from_timm(dataset) -> LabelledImages | ImageStream:
-    from timm.data import ImageDataset
-    if isinstance(dataset, torch.utils.data.IterableDataset):
-        return ImageStream(dataset)
-    if isinstance(dataset, ImageDataset):
-        reader = _TimmImages(dataset.reader)
-        return LabelledImages(reader, reader.classes)
-    classes = getattr(dataset, "classes", None)  # of ImageNet, tuples of synonyms
-    return LabelledImages(dataset, classes and [name if isinstance(name, str) else ", ".join(name) for name in classes])
-
-
-class _TimmImages:
-    """A timm reader's images and labels. Its own data set would put another image in the place of one that cannot be decoded."""
-
-    def __init__(self, reader):
-        self.reader = reader
-        names = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
-        self.classes = sorted(names, key=names.get) if names else None
-
-    def __len__(self):
-        return len(self.reader)
-
-    def __getitem__(self, index: int):
-        file, label = self.reader[index]
-        with file:
-            return load_image(file, name=self.reader.filename(index)), label
-
-    @property
-    def targets(self):
-        if hasattr(self.reader, "iter_targets"):
-            return list(self.reader.iter_targets())
-        return getattr(self.reader, "targets", None) or [label for _, label in self.reader.samples]
-
-
-def _split_folder(path: Path | None, split: str) -> Path:
-    """The folder below `path` that holds a split's class folders."""
-    if path is None:
-        raise UserError("--data_path is missing; name a folder that holds train/ and test/ (or val/), or choose a --dataset")
-    names = ("test", "val") if split == "test" else (split,)
-    folders = [path / name for name in names if (path / name).is_dir()]
-    if not folders:
-        raise UserError(f"no folder {' or '.join(str(path / name) for name in names)}: --data_path must name a folder that "
-                        "holds train/ and test/ (or val/), each with a folder of images per class")
-    # ImageNet's test/ is without labels, its val/ is what everyone tests on.
-    return next((folder for folder in folders if any(entry.is_dir() for entry in folder.iterdir())), folders[0])
-
-
-def _image_folder(path: Path | None, split: str):
-    folder = _split_folder(path, split)
-    try:
-        return datasets.ImageFolder(folder, loader=load_image)
-    except FileNotFoundError as error:
-        raise UserError(f"no images to use in {folder}: {_reason(error)}. It must hold a folder of images per class") from error
-
-
-def load_image(file, name=None) -> Image.Image:
-    """The RGB image of a file. UserError, with its name, if it cannot be decoded."""
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except _UNDECODABLE as error:
-        raise UserError(f"cannot decode image {name or file}: {_reason(error)}; replace or remove it") from error
+def progress(steps, done: int, total: int, title: str, quiet: bool = False):
+    """A tqdm bar over `steps`, of which `done` of `total` were done before; in a file, a line a minute."""
+    from tqdm import tqdm
+    return tqdm(steps, desc=title, initial=done, total=total, disable=quiet, leave=False, dynamic_ncols=True,
+                mininterval=0.1 if sys.stderr.isatty() else 60)

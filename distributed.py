@@ -1,0 +1,147 @@
+"""Processes that train or evaluate together: started by torchrun, torch.distributed.launch or srun, or one alone.
+
+Every function also works in a single process without a process group.
+"""
+import os
+import re
+import socket
+import sys
+import threading
+from datetime import timedelta
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+import torch.distributed as dist
+
+import utils
+from utils import UserError
+
+TIMEOUT = timedelta(minutes=30)  # of the rendezvous and of a collective
+PATIENCE = 30                    # seconds before a rank says that it still waits for the others
+
+
+def init_distributed(device: str = "auto", dist_url: str = "env://") -> torch.device:
+    """Joins the process group if a launcher started this process. Returns the device to use: nccl serves GPUs,
+    gloo CPUs. UserError for impossible ranks, a missing device, or a rendezvous that fails."""
+    _read_slurm()
+    world, rank = _variable("WORLD_SIZE", 1), _variable("RANK", None)
+    if world is None or world < 1 or world > 1 and (rank is None or not 0 <= rank < world):
+        raise UserError(f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} and RANK={os.environ.get('RANK')} contradict each "
+                        "other; start the processes with torchrun, or unset both")
+    local, local_world = _variable("LOCAL_RANK", 0), _variable("LOCAL_WORLD_SIZE", 1)
+    chosen = utils.select_device(device)
+    if world > 1 and chosen.type != "cpu":
+        if ":" in device or chosen.type == "mps":
+            raise UserError(f"--device {chosen} is one device, but there are {world} processes; use cuda or cpu")
+        if local_world > torch.cuda.device_count() > 1:
+            raise UserError(f"{local_world} processes were started on this host, which has "
+                            f"{torch.cuda.device_count()} GPUs; start fewer, or use --device cpu")
+        chosen = torch.device("cuda", local % torch.cuda.device_count())  # Slurm may show each process its own GPU
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world > 1:
+        _join(dist_url, rank, world, chosen)
+    return chosen
+
+
+def leave() -> None:
+    """Leaves the process group, when all ranks have come here."""
+    if world_size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, overwritten by its sum over ranks."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def same_over_ranks(*numbers: int) -> bool:
+    """Whether all ranks call this with the same numbers."""
+    low = torch.tensor(numbers)
+    high = low.clone()
+    if world_size() > 1:
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+    return torch.equal(low, high)
+
+
+def share(rows):
+    """This rank's part of what all ranks hold: items rank, rank + W, ... on W ranks, as `gather_rows` takes them."""
+    return rows[rank()::world_size()]
+
+
+def gather_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """All `count` items in order, on every rank; `rows` [n, ...] holds items rank, rank + W, ... on W ranks."""
+    if world_size() == 1:
+        return rows
+    longest = -(-count // world_size())
+    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, 1).flatten(0, 1)[:count]
+
+
+def _join(url: str, rank: int, world: int, device: torch.device) -> None:
+    host = urlparse(url).hostname if url != "env://" else os.environ.get("MASTER_ADDR")
+    place = urlparse(url).path if url.startswith("file://") else None
+    if place and not Path(place).parent.is_dir():
+        raise UserError(f"--dist_url {url}: no folder {Path(place).parent}; name one that all processes see")
+    try:
+        host and socket.getaddrinfo(host, None)
+    except OSError:
+        raise UserError(f"cannot resolve host {host!r} of the rendezvous; check --dist_url or MASTER_ADDR") from None
+    where = f"{host}:{urlparse(url).port or os.environ.get('MASTER_PORT')}" if host else url
+    reminder = threading.Timer(PATIENCE, lambda: print(
+        f"rank {rank} still waits for the other ranks of {world} at {where}", file=sys.stderr, flush=True))
+    reminder.daemon = True
+    reminder.start()
+    try:
+        store = next(dist.rendezvous(url, rank, world, timeout=TIMEOUT))[0]
+        # torchrun keeps its store over restarts, with the addresses of the processes that ended
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the {world} processes do not meet at {where}: {utils.reason(error)}") from error
+    finally:
+        reminder.cancel()
+
+
+def _variable(name: str, default: int | None) -> int | None:
+    """The whole number in an environment variable."""
+    value = os.environ.get(name, "")
+    if not value:
+        return default
+    if not value.lstrip("-").isdigit():
+        raise UserError(f"{name}={value!r} is no whole number; unset it, or start the processes with torchrun")
+    return int(value)
+
+
+def _read_slurm() -> None:
+    """Translates srun's variables to those of torch's launchers, which come first."""
+    env = os.environ
+    name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+    if "RANK" in env or "SLURM_PROCID" not in env or (tasks := _variable(name, 1)) == 1:
+        return
+    # the first host of a list like gpu[07-09,12],login1
+    host = re.match(r"([^\[,]+)(?:\[(\w+))?", env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "localhost")))
+    env.setdefault("MASTER_ADDR", host[1] + (host[2] or ""))
+    env.setdefault("MASTER_PORT", str(20000 + _variable("SLURM_JOB_ID", 0) % 20000))  # jobs on one host should differ
+    # tasks of each node, like 4(x2),3
+    counts = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", str(tasks)))
+    nodes = [int(n) for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts) for _ in range(int(times or 1))]
+    node = _variable("SLURM_NODEID", 0)
+    env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=str(tasks), LOCAL_RANK=env.get("SLURM_LOCALID", "0"),
+               LOCAL_WORLD_SIZE=str(nodes[node] if node < len(nodes) else tasks))
