@@ -257,7 +257,7 @@ def train(args, data: ImageData | None = None, criterion: torch.nn.Module | None
         with contextlib.closing(utils.Interruption()) as interruption:
             if state is None:
                 save()  # from now on a log has its checkpoint
-            if (run.epoch, run.step) == (0, 0) and not log.records:
+            if (run.epoch, run.step) == (0, 0):
                 log.write({"epoch": -1, **evaluate(run), **weights(run)})  # the untrained network
             while run.epoch < args.epochs:
                 train_one_epoch(run, save, interruption)
