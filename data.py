@@ -187,7 +187,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """An RGB image of 8 bits: upright by its EXIF tag, 16-bit grey scaled, transparency on BACKGROUND.
     ValueError for 32-bit integers and floats, whose range is unknown."""
     image.load()
-    with suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):  # garbage for EXIF
+    with suppress(SyntaxError, ValueError, struct.error):  # garbage in the place of EXIF
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16") or image.mode == "I" and image.format == "PNG":
         image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")  # 65535 = 257 * 255

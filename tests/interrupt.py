@@ -1,4 +1,4 @@
-"""Runs scripts in forked processes and signals one at the n-th call of a function: no instant is by chance."""
+"""Runs scripts in forked processes; a signal hits one at the n-th call of a function, an instant chosen."""
 import importlib
 import os
 import resource
@@ -24,7 +24,7 @@ def run(arguments: list[str], folder: Path, point: str | None = None, count: int
     """`script.main(arguments)`, by default cifar/main.py's, as its users start it: returncode (negative for a
     signal), stdout and stderr, which are also files of `folder`.
 
-    point: a key of POINTS, at whose `count`-th call SIG`name` goes to the process and its loader's workers, as
+    point: a key of POINTS, at whose `count`-th call SIG`name` goes to the process and its workers, as
     from a terminal or launcher; or "disk": no file can grow beyond `count` bytes.
     """
     script = script or importlib.import_module("cifar.main")
@@ -34,7 +34,7 @@ def run(arguments: list[str], folder: Path, point: str | None = None, count: int
 def run_ranks(arguments, folder: Path, script, world: int = 2, victim: int = 0, point: str | None = None,
               count: int = 0, name: str = "KILL", variables=("RANK", "WORLD_SIZE", "LOCAL_RANK")) -> list:
     """The script in `world` processes that meet as a launcher's do, by the environment `variables` for rank,
-    number of ranks and rank on this host; `point` concerns rank `victim`. `arguments` may be a function of rank."""
+    number of ranks and rank on this host; `point` concerns rank `victim`. `arguments`: also by rank."""
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     started = []
     for rank in range(world):

@@ -49,10 +49,9 @@ def test_images_are_turned_upright(tmp_path):
         exif[0x0112] = tag
         image = saved(Image.fromarray(turned), tmp_path / "x.png", exif=exif)
         np.testing.assert_array_equal(image, NOISE, side)
-    plain = saved(Image.fromarray(NOISE), tmp_path / "x.jpg")
-    for garbage in (b"garbage", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x09\x01"):
-        image = saved(Image.fromarray(NOISE), tmp_path / "x.jpg", exif=b"Exif\0\0" + garbage)
-        np.testing.assert_array_equal(image, plain)
+    for garbage in (b"garbage", b"MM\0*"):
+        image = saved(Image.fromarray(NOISE), tmp_path / "x.png", exif=b"Exif\0\0" + garbage)
+        np.testing.assert_array_equal(image, NOISE)
 
 
 def test_hidden_colours_do_not_show(tmp_path):

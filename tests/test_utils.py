@@ -78,6 +78,7 @@ def test_standard_output_may_be_closed(capfd):
         reader, writer = os.pipe()
         os.dup2(writer, sys.stdout.fileno())
         os.close(reader)
+        sys.stdout = open(sys.stdout.fileno(), "w", closefd=False)  # buffered
         print("text")
     assert run_script(main, capfd) == "error: standard output was closed\n"
 
@@ -290,7 +291,7 @@ ACCURACY = {"train_loss": None, "test_acc@1": 39.123456, "test_acc@5": 90.0, "te
 
 
 def test_the_screen_is_an_aligned_table(tmp_path, capsys):
-    epoch = {name: value for name, value in STEP.items() if name != "step"} | {"knn_acc@1": 7.1, "knn_acc@5": 9.0}
+    epoch = {name: STEP[name] for name in STEP if name != "step"} | {"knn_acc@1": 7.1, "knn_acc@5": 9.0}
     untrained = {"epoch": -1, **ACCURACY, **VALUES, "train_lr": None, "images_per_s": None, "seconds": 1234.5}
     trained = untrained | VALUES | {"epoch": 0, "train_loss": -0.98765}
     for records, headers, epochs in (([STEP, STEP, epoch, STEP | {"epoch": 1}], [0, 3], [1, 1, 1, 2]),
