@@ -162,13 +162,12 @@ class _UnitRows(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*output)
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad, grad_norm):
         z, norm = ctx.saved_tensors
-        grad_x = torch.addcmul(grad, z, (z * grad).sum(-1, keepdim=True), value=-1) / norm
-        return grad_x if grad_norm is None else grad_x + z * grad_norm
+        along = (z * grad).sum(-1, keepdim=True) / norm - grad_norm
+        return torch.addcmul(grad / norm, z, along, value=-1)
 
 
 class _Sums(torch.autograd.Function):
