@@ -175,8 +175,9 @@ def test_pair_auc_counts_couples():
 # ------------------------------------------------------------------------------------------- the saddle point
 
 @pytest.mark.parametrize("form, score, nu, kappa", [
-    ("symmetric", "cosine", 1.0, 1.0), ("teacher_student", "unit", 1.0, 1.0), ("symmetric", "unit", 64.0, 1.0),
-    ("teacher_student", "cosine", 16.0, 1.0), ("symmetric", "cosine", "sum", "sum"),
+    ("symmetric", "cosine", 1.0, 1.0), ("teacher_student", "unit", 1.0, 1.0),
+    ("symmetric", "unit", 64.0, 1.0), ("teacher_student", "cosine", 16.0, 1.0),
+    ("symmetric", "cosine", "sum", "sum"),
 ])
 def test_plain_steps_reach_the_saddle_which_is_the_square_surrogate(form, score, nu, kappa):
     """At fixed embeddings, by SGD at one step size for every nu."""
@@ -258,14 +259,15 @@ def test_held_weights_have_no_group_and_no_gradient():
 
 
 def test_collapse_is_no_minimum_of_the_defaults():
-    """A student facing a fixed teacher can reach any mean cosine c. With kappa = nu > 1, the collapsed a = b = c =
-    -m/(nu - 1) has loss 0; with the default kappa = 1 every collapsed network pays m^2."""
+    """A student facing a fixed teacher can reach any mean cosine c. With kappa = nu > 1, the collapsed
+    a = b = c = -m/(nu - 1) has loss 0; with the default kappa = 1 every collapsed network pays m^2."""
     teacher = torch.zeros(1, 6, 2, dtype=torch.float64)
     teacher[..., 0] = 1
 
     def collapsed_loss(kappa, nu, c):
         student = torch.tensor([c, math.sqrt(1 - c * c)], dtype=torch.float64).expand(2, 6, 2)
-        criterion = AUCCLLoss(a=c, b=c, alpha=1 - c + kappa * c, negative_weight=nu, margin_negative_weight=kappa)
+        criterion = AUCCLLoss(a=c, b=c, alpha=1 - c + kappa * c, negative_weight=nu,
+                              margin_negative_weight=kappa)
         return criterion.double().teacher_student(teacher, student).item()
     assert collapsed_loss(kappa=4.0, nu=4.0, c=-1 / 3) == pytest.approx(0, abs=1e-12)
     for c in (-0.9, -1 / 3, 0.0, 0.5, 1.0):

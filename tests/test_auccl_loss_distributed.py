@@ -10,7 +10,7 @@ from auccl_loss import AUCCLLoss
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-N, WIDE = 24, 600  # images over all ranks; a D for which ranks gather rows: above 512 and above the rows' number
+N, WIDE = 24, 600  # images over all ranks; a D, above 512, for which ranks gather rows
 
 
 def network(dim):
@@ -67,7 +67,7 @@ def test_ranks_equal_one_process(tmp_path, form, dim, ends):
     ranks = run_ranks(tmp_path, len(ends), train_rank, form, dim, ends)
     alone, _ = train(form, dim, 1, slice(0, N), steps=1)
     for first, weights in ranks:
-        assert torch.equal(first[0], ranks[0][0][0]) and torch.equal(weights, ranks[0][1])  # bitwise, at every step
+        assert torch.equal(first[0], ranks[0][0][0]) and torch.equal(weights, ranks[0][1])  # bitwise
         for ours, reference in zip(first, alone, strict=True):
             torch.testing.assert_close(ours, reference, rtol=2e-6, atol=2e-6)
     assert not torch.equal(weights[0], weights[-1])
@@ -75,7 +75,7 @@ def test_ranks_equal_one_process(tmp_path, form, dim, ends):
 
 def copies(criterion):
     assigned = AUCCLLoss(gather=False)
-    assigned.load_state_dict({name: value.clone() for name, value in criterion.state_dict().items()}, assign=True)
+    assigned.load_state_dict(copy.deepcopy(criterion.state_dict()), assign=True)
     return criterion, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion)), assigned
 
 
@@ -103,7 +103,7 @@ def test_local_negatives_with_averaged_gradients_also_of_copies_and_equal_starts
         alone = [criterion(*views) for criterion in criteria]
         grads.append(torch.stack([torch.autograd.grad(loss, criterion.b)[0]
                                   for loss, criterion in zip(alone, criteria)]))
-        torch.testing.assert_close(losses, torch.stack(alone).detach())             # of this rank's images alone
+        torch.testing.assert_close(losses, torch.stack(alone).detach())  # of this rank's images alone
     for _, b_grads, center in ranks:
-        torch.testing.assert_close(b_grads, sum(grads) / 2)                         # yet the weights move together
+        torch.testing.assert_close(b_grads, sum(grads) / 2)  # yet the weights move together
         torch.testing.assert_close(center, 0.1 * sum(means) / 2)
