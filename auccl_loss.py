@@ -419,8 +419,8 @@ class AUCCLLoss(nn.Module):
         if abs(value) > bound:
             self._warned = True
             warnings.warn(f"alpha = {value:.3g} is out of its range, +-{bound:.3g}: alpha ascends by itself "
-                          "through a reversed gradient; maximize=True or a sign flip makes it descend. Or the "
-                          "learning rate is too large", stacklevel=2)
+                          "through a reversed gradient; maximize=True or a sign flip makes it descend. Or "
+                          "the learning rate is too large", stacklevel=2)
 
 
 class ReleasedCIFARLoss(AUCCLLoss):
