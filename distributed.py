@@ -67,6 +67,11 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def sum_of_floats(*values: float) -> list[float]:
+    """Each of the numbers, summed over ranks."""
+    return sum_over_ranks(torch.tensor(values, dtype=torch.float64)).tolist()
+
+
 def same_over_ranks(*numbers: int) -> bool:
     """Whether all ranks call this with the same numbers."""
     low = torch.tensor(numbers)

@@ -3,6 +3,7 @@
 torch is imported inside the functions that need it, so that --help and a mistaken flag are answered at once.
 """
 import argparse
+import contextlib
 import csv
 import json
 import math
@@ -204,6 +205,15 @@ def objective_arguments(args: argparse.Namespace) -> dict:
     return {**given, "learn": tuple(args.learn)}
 
 
+@contextlib.contextmanager
+def user_errors():
+    """Turns a ValueError, of a library function about an argument that a flag gave, into a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def check_range(args: argparse.Namespace, name: str, high: float = math.inf) -> None:
     """UserError unless the two numbers of the flag are 0 < MIN <= MAX <= high."""
     first, last = getattr(args, name)
@@ -385,6 +395,23 @@ def load_parts(state: dict, parts: dict, path: Path) -> None:
             part.load_state_dict(state[name])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} does not fit this run's {name}: {reason(error)}; move it away") from error
+
+
+def check_same_data(state: dict, checksum: list, path: Path) -> None:
+    """UserError if the checkpoint was trained on other images; checksum: [number of images, ...]."""
+    if state.get("data") != checksum:
+        raise UserError(f"{path} was trained on other images: {state['data'][0]} there, {checksum[0]} here, or others. "
+                        "Give the same data, or choose another --output_dir")
+
+
+def diverged(what: str, epoch: int, step: int) -> str:
+    return (f"training diverged: {what} is not finite at step {step + 1} of epoch {epoch + 1}; start anew with a lower --lr "
+            "or --weights_lr. The last checkpoint was not overwritten")
+
+
+def millions(network) -> str:
+    """The network's number of parameters."""
+    return f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.2f}"
 
 
 def lock_folder(folder: Path):

@@ -1,4 +1,4 @@
-"""Draws training curves from the logs of one or several runs of main.py.
+"""Draws training curves from the logs of one or several runs of main.py or cifar/main.py.
 
     python curves.py results/RUN/log.txt results/OTHER/log.txt --output curves.png
 """
@@ -9,51 +9,64 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils  # noqa: E402
 
-FIELDS = {"test_acc@1", "train_loss", "positive", "negative", "a", "b", "alpha", "test_auc"}
 DASHES = ("-", "--", ":", "-.")  # runs differ in their dashes, so that the picture reads in black and white
+PANELS = {  # title -> field of a record -> colour
+    "k-NN accuracy (%)": {"test_acc@1": "black", "knn_acc@1": "black"},
+    "training loss": {"train_loss": "black"},
+    "mean score, a and b": {"positive": "tab:blue", "a": "tab:cyan", "negative": "tab:red", "b": "tab:orange"},
+    "alpha": {"alpha": "tab:green"},
+    "AUC of test pairs": {"test_auc": "black"},
+}
+MARKERS = {"a": "^", "b": "v"}
 
 
-def draw_curves(runs: dict, path: Path) -> None:
-    """Draws `runs` (name -> records of main.py, one an epoch) into the picture `path`, PNG, PDF or SVG by its ending: k-NN
-    accuracy, loss, mean scores with the weights a and b that follow them, and alpha with the AUC of the pairs."""
+def draw_curves(runs: dict, path: Path, title: str = "") -> None:
+    """Draws `runs` (name -> records, of which those of whole epochs count) into the picture `path`, PNG, PDF or SVG by
+    its ending. The accuracy of the untrained network, if recorded (epoch -1), is a horizontal line."""
     import matplotlib  # slow to import, and not needed before a run's end
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    panels = {"k-NN accuracy on the test set (%)": {"test_acc@1": "black"}, "training loss": {"train_loss": "black"},
-              "mean score, a and b": {"positive": "tab:blue", "a": "tab:cyan", "negative": "tab:red", "b": "tab:orange"},
-              "alpha, AUC of test pairs": {"alpha": "tab:green", "test_auc": "black"}}
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.8), layout="constrained")
-    for axis, (title, series) in zip(axes, panels.items()):
+    runs = {name: [record for record in records if "step" not in record] for name, records in runs.items()}
+    present = {field for records in runs.values() for record in records for field in record}
+    panels = {title: fields for title, fields in PANELS.items() if present & fields.keys()}
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.6), layout="constrained", squeeze=False)
+    for axis, (panel, fields) in zip(axes[0], panels.items()):
         for (name, records), dash in zip(runs.items(), DASHES * len(runs)):
-            epochs = [record["epoch"] + 1 for record in records]
-            for field, colour in series.items():
-                label = ", ".join(([field] if len(series) > 1 else []) + ([name] if len(runs) > 1 else []))
-                marker = {"a": "^", "b": "v", "test_auc": "."}.get(field)
-                axis.plot(epochs, [record[field] for record in records], dash, color=colour, marker=marker, markersize=4,
-                          markevery=max(1, len(epochs) // 10), linewidth=1.2, label=label)
+            for field, colour in fields.items():
+                label = ", ".join([field] * (len(fields) > 1) + [name] * (len(runs) > 1))
+                draw_field(axis, records, field, dash, colour, label)
         axis.set_xlabel("epoch")
-        axis.set_title(title, fontsize=10)
+        axis.set_title(panel, fontsize=10)
         axis.grid(alpha=0.3)
-        if len(series) * len(runs) > 1:
+        if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=7)
-    if len(runs) == 1:
-        figure.suptitle(next(iter(runs)), fontsize=10)
+    figure.suptitle(title or (next(iter(runs)) if len(runs) == 1 else ""), fontsize=10)
     utils.replace_file(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=150), "wb")
     plt.close(figure)
 
 
-def main():
+def draw_field(axis, records: list[dict], field: str, dash: str, colour: str, label: str) -> None:
+    """One field of a run's records over the epochs, counted from 1."""
+    trained = [record for record in records if record["epoch"] >= 0 and field in record]
+    epochs = [record["epoch"] + 1 for record in trained]
+    axis.plot(epochs, [record[field] for record in trained], dash, color=colour, marker=MARKERS.get(field, "."),
+              markersize=4, markevery=max(1, len(epochs) // 10), linewidth=1.2, label=label if trained else None)
+    if untrained := [record[field] for record in records if record["epoch"] < 0 and field in record and "acc" in field]:
+        axis.axhline(untrained[-1], color="tab:gray", linestyle=dash, linewidth=0.8, label="untrained network")
+
+
+def main(argv=None):
     parser = utils.ArgumentParser(__doc__)
-    parser.add_argument("logs", type=Path, nargs="+", help="log.txt of each run; a curve is named after its folder")
-    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the picture")
-    args = parser.parse_args()
+    parser.add_argument("logs", type=utils.path, nargs="+", help="log.txt of each run; a curve is named after its folder")
+    parser.add_argument("--output", type=utils.path, default=Path("curves.png"), help="picture")
+    args = parser.parse_args(argv)
     if args.output.suffix not in (".png", ".pdf", ".svg"):
         raise utils.UserError(f"--output must end with .png, .pdf or .svg, got {args.output}")
     names = [log.resolve().parent.name for log in args.logs]
     runs = {name if names.count(name) == 1 else str(log): utils.read_records(log) for name, log in zip(names, args.logs)}
     for name, records in runs.items():
-        if not records or not all(record.keys() >= FIELDS for record in records):
-            raise utils.UserError(f"the log of {name} holds no records of cifar/main.py; name its log.txt")
+        if not any("train_loss" in record and "step" not in record for record in records):
+            raise utils.UserError(f"the log of {name} holds no epoch of main.py or cifar/main.py; name its log.txt")
     draw_curves(runs, args.output)
 
 
