@@ -133,7 +133,7 @@ def _unit_rows(features):
 
 @contextmanager
 def _full_float32(device_type):
-    """Turns off autocast and, on CUDA, the TF32 products that training may have turned on."""
+    """Turns off autocast and, on CUDA, TF32, which training may have turned on."""
     matmul = torch.backends.cuda.matmul
     name, value = "fp32_precision", "ieee"
     if not hasattr(matmul, name):  # torch < 2.9
