@@ -51,11 +51,9 @@ def load_backbone(path, checkpoint_key=None, arch=None, patch_size=None, image_s
     Weights must fit name by name; only a classifier is left out, with a note. UserError for a file that
     cannot be read, a wrong key, weights that do not fit, and arguments that contradict the file.
     """
-    weights, known = {}, {}
-    if random_weights and path is not None:
-        raise UserError("--random_weights contradicts --pretrained_weights; leave one of them out")
-    if not random_weights:
-        weights, known = _read_weights(path, checkpoint_key)
+    if random_weights == (path is not None):
+        raise UserError("give either --pretrained_weights or --random_weights")
+    weights, known = _read_weights(Path(path), checkpoint_key) if path is not None else ({}, {})
     given = {"arch": DINO_NAMES.get(arch, arch), "patch_size": patch_size, "image_size": image_size}
     given = {name: value for name, value in given.items() if value is not None}
     arch = known.get("arch", given.get("arch"))
@@ -130,9 +128,6 @@ def _read_checkpoint(path, checkpoint_key):
 
 def _read_weights(path, checkpoint_key):
     """The weights of a file with the backbone's keys, and the fields of Description that the file tells."""
-    if path is None:
-        raise UserError("--pretrained_weights is missing; name a file, or ask for --random_weights")
-    path = Path(path)
     if path.suffix == ".safetensors":
         state, known = _read_safetensors(path)
     else:

@@ -51,7 +51,8 @@ def test_the_published_line_against_plain_features(checkpoint, images, tmp_path,
                    "--data_path", str(images)])
     assert "k = 100, 200: the training set has 21 images; the result is of k = 21" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())                                # it writes nothing unasked
-    more = "--nb_knn", 3, 10, 200, "--temperature", 0.05, 0.5, "--checkpoint_key", "student"
+    more = ("--nb_knn", 3, 10, 200, "--temperature", 0.05, 0.5, "--checkpoint_key", "student",
+            "--dump_features", tmp_path / "dumps")
     records = run(flags(checkpoint, images, *more), tmp_path / "new" / "folder")
 
     backbone, description = load_backbone(checkpoint, "student")
@@ -62,6 +63,11 @@ def test_the_published_line_against_plain_features(checkpoint, images, tmp_path,
         with torch.no_grad():
             rows[split] = torch.cat([backbone(transform(image)[None]) for image, _ in folder])
         labels[split] = torch.tensor(folder.targets)
+        dumped = "train" if split == "train" else "test"
+        found = torch.load(tmp_path / "dumps" / f"{dumped}feat.pth", weights_only=True)
+        torch.testing.assert_close(found, rows[split], rtol=1e-5, atol=1e-6)
+        found = torch.load(tmp_path / "dumps" / f"{dumped}labels.pth", weights_only=True)
+        assert torch.equal(found, labels[split])
     assert [(r["k"], r["temperature"]) for r in records] == [(k, t) for k in (3, 10, 21) for t in (0.05, 0.5)]
     for record in records:
         accuracy = eval_knn.knn_accuracy(rows["train"], labels["train"], rows["val"], labels["val"],
