@@ -4,8 +4,8 @@
     python benchmarks/knn.py --bank 10000 --queries 2000 --runs 5     # seconds
 
 The dense vote is the usual code: for a hundredth of the queries at a time, the neighbours' classes as a
-one-hot tensor [q, k, C] times their weights, a sum over neighbours, a sort over classes. Runs alternate, medians
-are printed. Memory is the peak of a fresh process above what it held before the call.
+one-hot tensor [q, k, C] times their weights, a sum over neighbours, a sort over classes. Runs alternate,
+medians are printed. Memory is the peak of a fresh process above what it held before the call.
 """
 import argparse
 import functools
@@ -58,10 +58,10 @@ def make_call(name, sizes):
 
 
 def main():
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("bank", 50000), ("queries", 10000), ("dim", 512), ("classes", 1000), ("k", 200),
                           ("runs", 3), ("threads", torch.get_num_threads())):
-        parser.add_argument(f"--{name}", type=int, default=default, help="number")
+        parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"{machine()}; {vars(args)}")
