@@ -13,7 +13,8 @@ DASHES = ("-", "--", ":", "-.")  # runs differ in their dashes, so that the pict
 PANELS = {  # title -> field of a record -> colour
     "k-NN accuracy (%)": {"test_acc@1": "black", "knn_acc@1": "black"},
     "training loss": {"train_loss": "black"},
-    "scores, a and b": {"positive": "tab:blue", "a": "tab:cyan", "negative": "tab:red", "b": "tab:orange"},
+    "mean scores, a and b": {
+        "positive": "tab:blue", "a": "tab:cyan", "negative": "tab:red", "b": "tab:orange"},
     "alpha": {"alpha": "tab:green"},
     "AUC of test pairs": {"test_auc": "black"},
 }
@@ -26,34 +27,40 @@ def draw_curves(runs: dict, path: Path, title: str = "") -> None:
     import matplotlib  # slow to import, and not needed before a run's end
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    epochs = {name: [record for record in records if "step" not in record] for name, records in runs.items()}
-    present = {field for records in epochs.values() for record in records for field in record}
+    runs = {name: [record for record in records if "step" not in record] for name, records in runs.items()}
+    present = {field for records in runs.values() for record in records for field in record}
     panels = {panel: fields for panel, fields in PANELS.items() if present & fields.keys()}
     columns = -(-len(panels) // 2)
     figure = plt.figure(figsize=(4 * columns, 6.4), layout="constrained")
     for place, (panel, fields) in enumerate(panels.items(), 1):
         axis = figure.add_subplot(2, columns, place, title=panel, xlabel="epoch")
         axis.grid(alpha=0.3)
-        for (name, records), dash in zip(epochs.items(), DASHES * len(epochs)):
-            for field, colour in fields.items():
-                label = ", ".join([field] * (len(fields) > 1) + [name] * (len(epochs) > 1))
-                draw_field(axis, records, field, dash, colour, label)
-        if axis.get_legend_handles_labels()[1]:
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        for field in sorted(present & fields.keys()):
+            axis.plot([], [], color=fields[field], marker=MARKERS.get(field, "."), label=field)
+            for records, dash in zip(runs.values(), DASHES * len(runs)):
+                draw_field(axis, records, field, dash, fields[field])
+        if len(axis.get_legend_handles_labels()[1]) > 1:
             axis.legend(fontsize="small")
     figure.suptitle(title)
+    if len(runs) > 1:
+        dashes = (DASHES * len(runs))[:len(runs)]
+        lines = [plt.Line2D([], [], linestyle=dash, color="black") for dash in dashes]
+        figure.legend(lines, runs, loc="outside lower center", ncols=columns)
     utils.replace_file(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=150), "wb")
     plt.close(figure)
 
 
-def draw_field(axis, records: list[dict], field: str, dash: str, colour: str, label: str) -> None:
+def draw_field(axis, records: list[dict], field: str, dash: str, colour: str) -> None:
     """One field of a run's records over the epochs, counted from 1."""
     values = {record["epoch"] + 1: record[field] for record in records if record.get(field) is not None}
     untrained = values.pop(0, None)
-    if values:
-        axis.plot(values.keys(), values.values(), dash, color=colour, linewidth=1.2, label=label,
-                  marker=MARKERS.get(field, "."), markersize=4, markevery=max(1, len(values) // 10))
+    axis.plot(values.keys(), values.values(), dash, color=colour, linewidth=1.2, markersize=4,
+              marker=MARKERS.get(field, "."), markevery=max(1, len(values) // 10))
     if untrained is not None and "acc" in field:
-        axis.axhline(untrained, linestyle=dash, color="tab:gray", label=f"{label} untrained".strip())
+        name = "untrained network"
+        again = name in axis.get_legend_handles_labels()[1]
+        axis.axhline(untrained, linestyle=dash, color="tab:gray", label=None if again else name)
 
 
 def main(argv=None):

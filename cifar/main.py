@@ -285,7 +285,7 @@ def describe(run):
     lines = [f"{args.dataset}: {len(run.data.train)} images, {run.steps} steps per epoch; {args.arch}: "
              f"{backbone} M parameters, head: {head} M; {run.device}, {run.amp_dtype or torch.float32}",
              f"from epoch {run.epoch + 1}, step {run.step + 1}, to epoch {args.epochs}, in {args.output_dir}"]
-    if args.warmup_epochs >= args.epochs:
+    if args.warmup_epochs > args.epochs:
         lines.append(f"note: --warmup_epochs {args.warmup_epochs:g} outlasts --epochs {args.epochs}: the "
                      "learning rate ends below its peak")
     return "\n".join(lines)
