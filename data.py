@@ -2,10 +2,12 @@
 
     train, test = build_splits("cifar10", root, transform)             # LabelledImages: (image, label)
 
-A data set of your own: one line in DATASETS. Its value is called with (root, split, **{"download": bool}) and returns
-anything that is read by index as (PIL image, label), with `targets` (all labels) and, if there are names, `classes`.
+A data set of your own: one line in DATASETS. Its value is called as make(root, split, download=bool) and returns
+anything that is read by index as (PIL image, label), with `targets`, all labels, and perhaps `classes`, names.
 """
 import os
+import struct
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -28,12 +30,13 @@ DATASETS = {
     "food101": lambda root, split, **more: tv.Food101(root, split, **more),
     "flowers102": lambda root, split, **more: _joined(tv.Flowers102, root, split, **more),
     "dtd": lambda root, split, **more: _joined(tv.DTD, root, split, **more),
-    "pets": lambda root, split, **more: tv.OxfordIIITPet(root, "trainval" if split == "train" else split, **more),
-    "aircraft": lambda root, split, **more: tv.FGVCAircraft(root, "trainval" if split == "train" else split, **more),
+    "pets": lambda root, split, **more: tv.OxfordIIITPet(root, TRAINVAL[split], **more),
+    "aircraft": lambda root, split, **more: tv.FGVCAircraft(root, TRAINVAL[split], **more),
     # without an official split: by a fixed seed, 30 images of each class or 80 % of each are for training
     "caltech101": lambda root, split, **more: _chosen(tv.Caltech101(root, **more), split, lambda n: 30),
-    "eurosat": lambda root, split, **more: _chosen(tv.EuroSAT(root, **more), split, lambda n: (0.8 * n).round()),
+    "eurosat": lambda root, split, **more: _chosen(tv.EuroSAT(root, **more), split, lambda n: (n * 0.8).round()),
 }
+TRAINVAL = {"train": "trainval", "test": "test"}
 BACKGROUND = "white"  # shown through transparent pixels
 UNDECODABLE = OSError, ValueError, SyntaxError, Image.DecompressionBombError
 
@@ -41,8 +44,8 @@ UNDECODABLE = OSError, ValueError, SyntaxError, Image.DecompressionBombError
 class LabelledImages(torch.utils.data.Dataset):
     """RGB images and labels: item i is (transform(PIL image), int).
 
-    source: read by index as (PIL image, label). classes: names of the labels 0, 1, ..., or None. targets: all labels.
-    indices: those of the source's images that belong to the set; None for all.
+    source: read by index as (PIL image, label). classes: names of the labels 0, 1, ..., or None.
+    targets: labels of all of the source's images. indices: of those in the set; None for all.
     """
 
     def __init__(self, source, classes, targets, transform=None, indices=None):
@@ -57,7 +60,7 @@ class LabelledImages(torch.utils.data.Dataset):
         try:
             image = to_rgb(self.source[self.indices[index]][0])
         except UNDECODABLE as error:
-            raise UserError(f"cannot decode image {index} of the data set: {utils.reason(error)}; replace it") from error
+            raise UserError(f"cannot decode image {index} of the data set: {utils.reason(error)}") from error
         return image if self.transform is None else self.transform(image), self.targets[index]
 
     def subset(self, indices, transform=None) -> "LabelledImages":
@@ -86,18 +89,18 @@ class ClassFolders:
         return load_image(self.folder / self.files[index]), self.targets[index]
 
 
-def build_dataset(name: str, root: Path | None, split: str, transform=None, download: bool = False) -> LabelledImages:
+def build_dataset(name: str, root: Path | None, split: str, transform=None, download=False) -> LabelledImages:
     """A labelled data set.
 
     Args:
         name: a key of DATASETS, or "hfds/NAME" of the Hugging Face hub.
-        root: the data set's root; for "folder" the folder that holds train/ and test/ (or val/), with class folders.
+        root: the data set's root; for "folder" what holds train/ and test/ (or val/), with class folders.
         split: "train" or "test"; for stl10 also "unlabeled".
         transform: applied to the PIL image.
         download: fetch the set into `root` if it is missing; of several ranks, the first fetches it.
 
-    UserError for an unknown name, a set or folder that is missing or empty, a failed download and, on access, an
-    image that cannot be decoded.
+    UserError for an unknown name, a set or folder that is missing or empty, a failed download and, on access,
+    an image that cannot be decoded.
     """
     make = DATASETS.get(name)
     if make is None and not name.startswith("hfds/"):
@@ -113,10 +116,9 @@ def build_dataset(name: str, root: Path | None, split: str, transform=None, down
     except Exception as error:  # urllib, ssl, tarfile, torchvision and timm each raise their own
         if name == "folder":
             raise
-        advice = (f"unpack its files in {root} by hand" if download else "add --download to fetch it") if make else (
-            "it comes over the network or from its library's cache; add --download to allow that")
-        raise UserError(f"cannot {'download' if download else 'read'} {name} in {root}: {utils.reason(error)}; {advice}, "
-                        "or give class folders with --dataset folder --data_path DIR") from error
+        advice = f"unpack its files in {root} by hand" if download else "add --download to fetch it"
+        raise UserError(f"cannot {'download' if download else 'read'} {name} in {root}: {utils.reason(error)}; "
+                        f"{advice}, or give class folders with --dataset folder --data_path DIR") from error
     classes = getattr(source, "classes", None) or getattr(source, "categories", None)
     return LabelledImages(source, list(classes) if classes else None, _targets(source), transform,
                           getattr(source, "indices", None))
@@ -126,35 +128,37 @@ def build_splits(name: str, root: Path | None, transform=None, download: bool = 
     """`build_dataset` of train and test. UserError also if their classes differ."""
     train, test = (build_dataset(name, root, split, transform, download) for split in ("train", "test"))
     if train.classes != test.classes:
-        differing = sorted(set(train.classes or ()) ^ set(test.classes or ()))
-        raise UserError(f"train and test in {root} have different classes: {', '.join(differing[:10])} in one of them")
+        differing = ", ".join(sorted(set(train.classes or ()) ^ set(test.classes or ()))[:10])
+        raise UserError(f"train and test in {root} have different classes: {differing} in one of them")
     return train, test
 
 
 def split_folder(root: Path | None, split: str) -> Path:
-    """The folder of a split's class folders below `root`: train, or test or val. UserError if there is none."""
+    """The folder of a split's class folders below `root`: train, or test or val. UserError if none."""
     if root is None:
-        raise UserError("--data_path is missing; name a folder that holds train/ and test/ (or val/), or a --dataset")
+        raise UserError("--data_path is missing; name a folder with train/ and test/ (or val/), or a --dataset")
     names = ("test", "val") if split == "test" else (split,)
     folders = [root / name for name in names if (root / name).is_dir()]
     if not folders:
-        raise UserError(f"no folder {' or '.join(str(root / name) for name in names)}; --data_path needs train/ and "
-                        "test/ (or val/), each with a folder of images for each class")
+        raise UserError(f"no folder {' or '.join(str(root / name) for name in names)}; --data_path needs train/ "
+                        "and test/ (or val/), each with a folder of images for each class")
     # ImageNet's test/ has no labels, its val/ is what everyone tests on
-    return next((folder for folder in folders if any(entry.is_dir() for entry in os.scandir(folder))), folders[0])
+    return next((folder for folder in folders if any(map(os.DirEntry.is_dir, os.scandir(folder)))), folders[0])
 
 
 def image_files(folder: Path, others: set[str] = frozenset()) -> list[str]:
-    """All image files below `folder`, relative to it, sorted. Links are followed, but every real folder is read once
-    and those in `others` (real paths) not at all; names that begin with a dot are skipped. UserError if there are
-    none, or for a folder that cannot be listed."""
+    """All image files below `folder`, relative to it, sorted. Links are followed, but every real folder is read
+    once; parents of `folder` and those in `others` (real paths) are left out, and names that begin with a dot.
+    UserError if there are none; OSError for a folder that cannot be listed."""
     def refuse(error):
         raise error
 
-    seen, files = others - {os.path.realpath(folder)}, []
+    home = os.path.realpath(folder)
+    seen, files = set(others) - {home}, []
     for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if (real := os.path.realpath(place)) in seen:
+        real = os.path.realpath(place)
+        if real in seen or home.startswith(os.path.join(real, "")):
             folders.clear()
             continue
         seen.add(real)
@@ -168,8 +172,8 @@ def image_files(folder: Path, others: set[str] = frozenset()) -> list[str]:
 def load_image(file, name=None) -> Image.Image:
     """The upright RGB image of a file, see `to_rgb`. UserError, with its name, if it cannot be decoded."""
     name = name or file
-    if isinstance(file, (str, Path)) and os.path.exists(file) and not os.path.isfile(file):
-        raise UserError(f"{name} is no regular file; remove it")
+    if isinstance(file, (str, Path)) and not os.path.isfile(file):  # to open a FIFO would wait for ever
+        raise UserError(f"{name} is missing or no regular file; restore or remove it")
     try:
         with Image.open(file) as image:
             return to_rgb(image)
@@ -178,32 +182,34 @@ def load_image(file, name=None) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An RGB image of 8 bits: turned upright as its EXIF tag says, 16-bit grey scaled, transparency on BACKGROUND.
+    """An RGB image of 8 bits: upright by its EXIF tag, 16-bit grey scaled, transparency on BACKGROUND.
     ValueError for 32-bit integers and floats, whose range is unknown."""
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    with suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):  # of garbage in the place of EXIF
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16") or image.mode == "I" and image.format == "PNG":
-        image = image.convert("I").point(lambda value: value / 257).convert("L")
+        image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")  # 65535 = 257 * 255
     elif image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} has no known range; convert it to 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def eval_transform(image_size: int, mean, std):
-    """PIL image -> normalised [3, image_size, image_size]: bicubic resize of the shorter side and centre crop. The crop
-    takes 7/8 of the shorter side (224 of 256, as usual for ImageNet), of images of at most 96 pixels all of it."""
+    """PIL image -> normalised [3, image_size, image_size]: bicubic resize of the shorter side and centre crop. It
+    takes 7/8 of that side (224 of 256, as usual for ImageNet), of at most 96 pixels all."""
     resized = round(image_size * 8 / 7) if image_size > 96 else image_size
     return transforms.Compose([
         transforms.Resize(resized, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(image_size),
         transforms.ToTensor(), transforms.Normalize(mean, std)])
 
 
-def split_by_class(labels: torch.Tensor, take, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def split_by_class(labels: torch.Tensor, take, generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of a random choice out of every class, and of all others, both class by class.
 
-    labels: [N] in [0, C), on the CPU. take: images per class [C] (float64) -> how many to choose, a number or [C].
+    labels: [N] in [0, C), on the CPU. take: images per class [C] (float64) -> how many to choose, number or [C].
     """
     counts = labels.bincount()
     order = torch.randperm(len(labels), generator=generator)
@@ -231,14 +237,14 @@ def _chosen(source, split, take):
 def _targets(source) -> list[int]:
     name = next((name for name in ("targets", "labels", "_labels", "y") if hasattr(source, name)), None)
     if name is None:
-        raise UserError(f"{type(source).__name__} keeps no list of its labels; give class folders, --dataset folder")
+        raise UserError(f"{type(source).__name__} has no list of its labels; use class folders, --dataset folder")
     return [int(label) for label in getattr(source, name)]
 
 
 def _hugging_face(name: str, root, split: str, download: bool):
     """A data set of the Hugging Face hub, through timm's reader."""
     if not download:
-        raise ConnectionError("downloads are off")
+        raise ConnectionError("it comes over the network or from its library's cache")
     from timm.data import create_dataset
     for part in ("train",) if split == "train" else ("test", "validation"):  # sets name it either way
         try:

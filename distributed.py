@@ -1,4 +1,4 @@
-"""Processes that train or evaluate together: started by torchrun, torch.distributed.launch or srun, or one alone.
+"""Processes that work together, started by torchrun, torch.distributed.launch or srun; or one alone.
 
 Every function also works in a single process without a process group.
 """
@@ -22,23 +22,23 @@ PATIENCE = 30                    # seconds before a rank says that it still wait
 
 
 def init_distributed(device: str = "auto", dist_url: str = "env://") -> torch.device:
-    """Joins the process group if a launcher started this process. Returns the device to use: nccl serves GPUs,
-    gloo CPUs. UserError for impossible ranks, a missing device, or a rendezvous that fails."""
+    """Joins the process group if a launcher started this process. Returns the device to use: nccl serves
+    GPUs, gloo CPUs. UserError for impossible ranks, a missing device, or a rendezvous that fails."""
     _read_slurm()
     world, rank = _variable("WORLD_SIZE", 1), _variable("RANK", None)
-    if world is None or world < 1 or world > 1 and (rank is None or not 0 <= rank < world):
-        raise UserError(f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} and RANK={os.environ.get('RANK')} contradict each "
-                        "other; start the processes with torchrun, or unset both")
-    local, local_world = _variable("LOCAL_RANK", 0), _variable("LOCAL_WORLD_SIZE", 1)
+    if world < 1 or world > 1 and (rank is None or not 0 <= rank < world):
+        raise UserError(f"WORLD_SIZE={world} and RANK={rank} contradict each other; start the processes with "
+                        "torchrun, or unset both")
+    local, local_world = _variable("LOCAL_RANK", rank), _variable("LOCAL_WORLD_SIZE", 1)
     chosen = utils.select_device(device)
     if world > 1 and chosen.type != "cpu":
         if ":" in device or chosen.type == "mps":
-            raise UserError(f"--device {chosen} is one device, but there are {world} processes; use cuda or cpu")
+            raise UserError(f"--device {chosen} is one device for {world} processes; use cuda or cpu")
         if local_world > torch.cuda.device_count() > 1:
             raise UserError(f"{local_world} processes were started on this host, which has "
                             f"{torch.cuda.device_count()} GPUs; start fewer, or use --device cpu")
-        chosen = torch.device("cuda", local % torch.cuda.device_count())  # Slurm may show each process its own GPU
-    if chosen.type == "cuda":
+        chosen = torch.device("cuda", local % torch.cuda.device_count())  # Slurm may show it one GPU
+    if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)
     if world > 1:
         _join(dist_url, rank, world, chosen)
@@ -83,12 +83,12 @@ def same_over_ranks(*numbers: int) -> bool:
 
 
 def share(rows):
-    """This rank's part of what all ranks hold: items rank, rank + W, ... on W ranks, as `gather_rows` takes them."""
+    """This rank's part of what all ranks hold: items rank, rank + W, ... of W ranks."""
     return rows[rank()::world_size()]
 
 
 def gather_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """All `count` items in order, on every rank; `rows` [n, ...] holds items rank, rank + W, ... on W ranks."""
+    """All `count` items in order, on every rank; `rows` [n, ...] is this rank's `share` of them."""
     if world_size() == 1:
         return rows
     longest = -(-count // world_size())
@@ -99,15 +99,15 @@ def gather_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _join(url: str, rank: int, world: int, device: torch.device) -> None:
-    host = urlparse(url).hostname if url != "env://" else os.environ.get("MASTER_ADDR")
-    place = urlparse(url).path if url.startswith("file://") else None
-    if place and not Path(place).parent.is_dir():
-        raise UserError(f"--dist_url {url}: no folder {Path(place).parent}; name one that all processes see")
+    address = f"tcp://{os.environ.get('MASTER_ADDR', 'localhost')}:{os.environ.get('MASTER_PORT')}"
+    where = address if url == "env://" else url
+    host, folder = urlparse(where).hostname, Path(urlparse(where).path).parent
+    if url.startswith("file://") and not folder.is_dir():
+        raise UserError(f"--dist_url {url}: no folder {folder}; name one that all processes see")
     try:
         host and socket.getaddrinfo(host, None)
     except OSError:
-        raise UserError(f"cannot resolve host {host!r} of the rendezvous; check --dist_url or MASTER_ADDR") from None
-    where = f"{host}:{urlparse(url).port or os.environ.get('MASTER_PORT')}" if host else url
+        raise UserError(f"cannot resolve host {host!r}; check --dist_url or MASTER_ADDR") from None
     reminder = threading.Timer(PATIENCE, lambda: print(
         f"rank {rank} still waits for the other ranks of {world} at {where}", file=sys.stderr, flush=True))
     reminder.daemon = True
@@ -130,7 +130,7 @@ def _variable(name: str, default: int | None) -> int | None:
     if not value:
         return default
     if not value.lstrip("-").isdigit():
-        raise UserError(f"{name}={value!r} is no whole number; unset it, or start the processes with torchrun")
+        raise UserError(f"{name}={value!r} is no whole number; unset it, or start with torchrun")
     return int(value)
 
 
@@ -140,13 +140,14 @@ def _read_slurm() -> None:
     name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
     if "RANK" in env or "SLURM_PROCID" not in env or (tasks := _variable(name, 1)) == 1:
         return
-    # the first host of a list like gpu[07-09,12],login1
-    host = re.match(r"([^\[,]+)(?:\[(\w+))?", env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "localhost")))
+    hosts = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "localhost"))
+    host = re.match(r"([^\[,]+)(?:\[(\w+))?", hosts)  # the first of a list like gpu[07-09,12],login1
     env.setdefault("MASTER_ADDR", host[1] + (host[2] or ""))
-    env.setdefault("MASTER_PORT", str(20000 + _variable("SLURM_JOB_ID", 0) % 20000))  # jobs on one host should differ
-    # tasks of each node, like 4(x2),3
+    env.setdefault("MASTER_PORT", str(20000 + _variable("SLURM_JOB_ID", 0) % 20000))  # jobs share hosts
     counts = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", str(tasks)))
-    nodes = [int(n) for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts) for _ in range(int(times or 1))]
+    nodes = []  # tasks of each node, from a list like 4(x2),3
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
+        nodes += [int(count)] * int(times or 1)
     node = _variable("SLURM_NODEID", 0)
     env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=str(tasks), LOCAL_RANK=env.get("SLURM_LOCALID", "0"),
                LOCAL_WORLD_SIZE=str(nodes[node] if node < len(nodes) else tasks))

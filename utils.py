@@ -1,4 +1,4 @@
-"""What the scripts share: user errors, flags, device and autocast, seeds, schedules, checkpoints, log, interruption.
+"""What scripts share: user errors, flags, device, autocast, seeds, schedules, checkpoints, log, interruption.
 
 torch is imported inside the functions that need it, so that --help and a mistaken flag are answered at once.
 """
@@ -20,20 +20,21 @@ import numpy as np
 LOST_RANK = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out")
 
 
-# ------------------------------------------------------------------------------------------------------ user errors
+# ------------------------------------------------------------------------------------------------ user errors
 
 class UserError(Exception):
     """Invalid user input, reported without a traceback. One line: what is wrong, then what to do."""
 
     def __init__(self, message: str):
-        super().__init__(message.rsplit("UserError: ", 1)[-1].strip())  # a DataLoader prepends its worker's traceback
+        super().__init__(message.rsplit("UserError: ", 1)[-1].strip())  # a loader's worker prepends its own
 
 
 def run_script(main) -> None:
-    """Calls main(). Invalid input and file errors become one line on stderr and exit code 2, the loss of another
-    rank one line and exit code 1; any other exception is a defect and keeps its traceback."""
+    """Calls main(). Invalid input and file errors become one line on stderr and exit code 2, the loss of
+    another rank one line and exit code 1; any other exception is a defect and keeps its traceback."""
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
@@ -44,7 +45,7 @@ def run_script(main) -> None:
     except RuntimeError as error:
         if not _many_ranks() or not any(word in str(error).lower() for word in LOST_RANK):
             raise
-        _exit("lost contact with another rank, which failed, was killed or is unreachable", 1)
+        _exit(f"lost contact with another rank, which failed or is unreachable ({reason(error)})", 1)
 
 
 def check_flags(parse_args) -> None:
@@ -52,10 +53,19 @@ def check_flags(parse_args) -> None:
     run_script(parse_args)
 
 
+@contextlib.contextmanager
+def user_errors():
+    """Turns a ValueError, of a library function about an argument that a flag gave, into a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def reason(error: BaseException) -> str:
     """One line for an exception: an OSError's text and file, else the last line of the message."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {os.fsdecode(error.filename)}" if error.filename else error.strerror
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     lines = str(error).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__
 
@@ -68,17 +78,20 @@ def _exit(message: str, code: int):
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     if rank != "0" and code == 2:
         time.sleep(5)  # an error that all ranks make is reported once: the launcher ends this rank meanwhile
-    message = " ".join(message.split())
-    print(f"error: {f'rank {rank}: ' if _many_ranks() and code == 1 else ''}{message}", file=sys.stderr, flush=True)
+    prefix = f"error: rank {rank}: " if code == 1 else "error: "
+    message = prefix + " ".join(message.split())
+    print(message, file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun prints its message last
         extra = {"timestamp": str(int(time.time()))}
-        Path(file).write_text(json.dumps({"message": {"message": f"error: {message}", "extraInfo": extra}}))
+        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
     if _many_ranks():
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os._exit(code)  # an orderly exit would wait for collectives that never complete
     sys.exit(code)
 
 
-# ------------------------------------------------------------------------------------------------------------ flags
+# ------------------------------------------------------------------------------------------------------ flags
 
 class ArgumentParser(argparse.ArgumentParser):
     """Shows defaults in --help, and reports a mistaken flag as a UserError."""
@@ -104,7 +117,7 @@ def number(kind: type, low: float, high: float):
             value = math.nan
         if not low <= value <= high:
             what = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"must be a {what} from {low:g} to {high:g}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"must be a {what} from {low:.12g} to {high:.12g}, got {text!r}")
         return value
     return parse
 
@@ -133,9 +146,17 @@ def path(text: str) -> Path:
 
 
 def refuse(args: argparse.Namespace, names, why: str) -> None:
-    """UserError if one of the flags, whose defaults are None or False, was given although it has no effect."""
+    """UserError if one of the flags, whose defaults are None or False, was given but has no effect."""
     if given := [f"--{name}" for name in names if getattr(args, name) not in (None, False)]:
         raise UserError(f"{', '.join(given)} cannot be used {why}; leave it out")
+
+
+def check_range(args: argparse.Namespace, name: str, high: float = math.inf) -> None:
+    """UserError unless the two numbers of the flag are 0 < MIN <= MAX <= high."""
+    first, last = getattr(args, name)
+    if not 0 < first <= last <= high:
+        limit = f" <= {high:g}" if high < math.inf else ""
+        raise UserError(f"--{name} needs 0 < MIN <= MAX{limit}, got {first} {last}")
 
 
 def plain(args: argparse.Namespace) -> dict:
@@ -143,11 +164,15 @@ def plain(args: argparse.Namespace) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
+def _show(value):
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
+
 def add_process_flags(parser) -> None:
     add = parser.add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps; several processes take one GPU each")
-    add("--dist_url", default="env://", help="rendezvous of the processes: env://, tcp://HOST:PORT or file://PATH")
-    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # of old launchers; LOCAL_RANK counts
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; several processes take one GPU each")
+    add("--dist_url", default="env://", help="rendezvous: env://, tcp://HOST:PORT or file://PATH")
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # old launchers; LOCAL_RANK counts
 
 
 def default_workers() -> int:
@@ -159,8 +184,7 @@ def default_workers() -> int:
 
 def by_preset(text: str, recipes: dict, name: str) -> str:
     """A help text with the default of every preset."""
-    show = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else value  # noqa: E731
-    defaults = {preset: show(recipe[name]) for preset, recipe in recipes.items()}
+    defaults = {preset: _show(recipe[name]) for preset, recipe in recipes.items()}
     if len(set(defaults.values())) == 1:
         return f"{text} (default: {next(iter(defaults.values()))})"
     return f"{text} (default: {', '.join(f'{value} for {preset}' for preset, value in defaults.items())})"
@@ -192,10 +216,7 @@ def complete_objective_flags(args: argparse.Namespace, recipes: dict) -> None:
         args.learn = []
     for name, value in recipes[args.preset].items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name, value in vars(args).items():
-        if isinstance(value, tuple):
-            setattr(args, name, list(value))  # as a checkpoint gives it back
+            setattr(args, name, list(value) if isinstance(value, tuple) else value)  # as a checkpoint does
 
 
 def objective_arguments(args: argparse.Namespace) -> dict:
@@ -205,66 +226,49 @@ def objective_arguments(args: argparse.Namespace) -> dict:
     return {**given, "learn": tuple(args.learn)}
 
 
-@contextlib.contextmanager
-def user_errors():
-    """Turns a ValueError, of a library function about an argument that a flag gave, into a UserError."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def check_range(args: argparse.Namespace, name: str, high: float = math.inf) -> None:
-    """UserError unless the two numbers of the flag are 0 < MIN <= MAX <= high."""
-    first, last = getattr(args, name)
-    if not 0 < first <= last <= high:
-        raise UserError(f"--{name} needs 0 < MIN <= MAX{'' if high == math.inf else f' <= {high:g}'}, got {first} {last}")
-
-
 def add_evaluation_flags(parser) -> None:
     """The flags that evaluations of a pretrained backbone share."""
     add = parser.add_argument
-    add("--pretrained_weights", type=path, help="checkpoint of main.py, cifar/main.py or DINO, or weights of timm or "
-        "torchvision (.pth, .safetensors) (default: checkpoint.pth of the current folder, if there)")
+    add("--pretrained_weights", type=path, help="checkpoint of main.py, cifar/main.py or DINO, or weights of "
+        "timm or torchvision (.pth, .safetensors) (default: checkpoint.pth of the current folder, if there)")
     add("--checkpoint_key", help="network of a checkpoint with several (default: teacher, or the only one)")
     add("--random_weights", action="store_true", help="untrained network, the baseline")
     add("--arch", help="vit_tiny, vit_small, vit_base, a ResNet of torchvision, timm/NAME or cifar/NAME "
         "(default: the checkpoint's)")
-    add("--patch_size", type=positive_int, help="pixels a side of a ViT's patches (default: the checkpoint's, else 16)")
+    add("--patch_size", type=positive_int, help="side of a ViT's patches in pixels (default: checkpoint's)")
     add("--image_size", type=positive_int, help="pixels a side (default: the checkpoint's, timm's, or 224)")
-    add("--dataset", default="folder", help="folder, cifar10, cifar100, stl10, flowers102, caltech101, food101, pets, "
-        "aircraft, dtd, eurosat, svhn, or hfds/NAME of the Hugging Face hub")
+    add("--dataset", default="folder", help="folder, cifar10, cifar100, stl10, flowers102, caltech101, "
+        "food101, pets, aircraft, dtd, eurosat, svhn, or hfds/NAME of the Hugging Face hub")
     add("--data_path", type=path, help="folder with train/ and val/ (or test/), or the root of --dataset "
         "(default for a --dataset: cifar/datasets beside this script)")
     add("--download", action="store_true", help="fetch --dataset if it is not in --data_path")
     add("--batch_size_per_gpu", type=positive_int, default=128, help="images per batch of each process")
-    add("--num_workers", type=non_negative_int, default=default_workers(), help="loader workers of each process")
+    add("--num_workers", type=non_negative_int, default=default_workers(), help="loader workers per process")
     add("--amp", choices=("none", "auto", "bf16", "fp16"), default="none",
         help="autocast of the backbone; full precision by default, so that figures compare across machines")
     add("--seed", type=non_negative_int, default=0, help="seed of random weights and of the choice of images")
     add_process_flags(parser)
 
 
-# ----------------------------------------------------------------------------------------------- device and autocast
+# ---------------------------------------------------------------------------------------- device and autocast
 
 def select_device(name: str):
-    """The torch.device of a --device flag; "auto" takes CUDA, then MPS, then the CPU. UserError if it is missing."""
+    """The torch.device of a --device flag; "auto" takes CUDA, then MPS, then the CPU. UserError if absent."""
     import torch
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
+    names = [kind for kind, there in available.items() if there]
     try:
-        device = torch.device(name)
+        device = torch.device(names[0] if name == "auto" else name)
         count = torch.cuda.device_count() if device.type == "cuda" else 1
-        if available.get(device.type, False) and (device.index or 0) < count:
+        if device.type in names and (device.index or 0) < count:
             return device
     except RuntimeError:  # not a device's name
         pass
-    raise UserError(f"device {name!r} is not available here; use --device {'|'.join(k for k, v in available.items() if v)}")
+    raise UserError(f"device {name!r} is not available here; use --device {'|'.join(names)}")
 
 
 def select_amp(name: str, device):
-    """The autocast dtype of an --amp flag, None for full precision. "auto": bf16 where the hardware has it natively."""
+    """The dtype of an --amp flag, None for full precision. "auto": bf16 where the hardware has it."""
     import torch
     if name in ("none", "fp16"):
         return torch.float16 if name == "fp16" else None
@@ -290,18 +294,23 @@ def peak_memory(device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# ----------------------------------------------------------------------------------------- seeds, order, schedules
+def millions(network) -> str:
+    """The network's number of parameters."""
+    return f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.2f}"
+
+
+# ------------------------------------------------------------------------------------ seeds, order, schedules
 
 def stream_seed(*keys: int) -> int:
-    """A 63-bit seed for the random stream named by `keys` (seed, rank, epoch, step, ...). Streams of different keys
-    are independent, and none needs to be saved: a resumed run names it again."""
-    words = np.random.SeedSequence((len(keys), *keys)).generate_state(1, np.uint64)  # (1,) and (1, 0) would be equal
-    return int(words[0] >> np.uint64(1))
+    """A 63-bit seed for the random stream named by `keys` (seed, rank, epoch, ...). Streams of different
+    keys are independent, and none needs to be saved: a resumed run names it again."""
+    sequence = np.random.SeedSequence((len(keys), *keys))  # (1,) and (1, 0) alone would be equal
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, start: int = 0):
-    """Yields index batches [batch_size] of one epoch's random order of `count` images, from batch `start` on; a
-    last, smaller batch is left out. The order depends on seed and epoch alone."""
+    """Yields index batches [batch_size] of one epoch's random order of `count` images, from batch `start` on;
+    a last, smaller batch is left out. The order depends on seed and epoch alone."""
     import torch
     order = torch.randperm(count, generator=torch.Generator().manual_seed(stream_seed(seed, epoch)))
     for batch in range(start, count // batch_size):
@@ -309,19 +318,19 @@ def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, start: int
 
 
 def cosine_schedule(step: int, steps: int, base: float, final: float = 0.0, warmup_steps: int = 0) -> float:
-    """The value at `step` (0-based) of `steps`: a linear warm-up that reaches `base` after `warmup_steps` steps, then
-    half a cosine down to `final` at the last step. The warm-up may be longer than the run."""
+    """The value at `step` (0-based) of `steps`: a linear warm-up that reaches `base` after `warmup_steps`,
+    then half a cosine down to `final` at the last step. The warm-up may be longer than the run."""
     if step < warmup_steps:
         return base * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-# ------------------------------------------------------------------------------------------ checkpoints and resume
+# ------------------------------------------------------------------------------------- checkpoints and resume
 
 def replace_file(path: Path, write, mode: str = "w") -> None:
-    """Lets `write(file)` fill a temporary file and renames it, so that `path` holds the old or the new content,
-    whole, at every moment. UserError if that fails; the old content is then still there."""
+    """Lets `write(file)` fill a temporary file and renames it, so that `path` always holds the old or the new
+    content, whole. UserError if that fails; the old content is then still there."""
     temporary = path.with_name(path.name + ".partial")
     try:
         with open(temporary, mode, newline=None if "b" in mode else "") as file:
@@ -329,12 +338,14 @@ def replace_file(path: Path, write, mode: str = "w") -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save wraps what write() raises in a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError while it handles the OSError
         temporary.unlink(missing_ok=True)
-        while isinstance(error.__context__, Exception) and not isinstance(error, OSError):
-            error = error.__context__
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
         kept = ". Its former content is intact" if path.exists() else ""
-        raise UserError(f"cannot write {path}: {reason(error)}{kept}. Free space, then run the same command again") from error
+        raise UserError(f"cannot write {path}: {reason(cause)}{kept}. Free space, then run the same command "
+                        "again") from error
 
 
 def save_checkpoint(state: dict, path: Path) -> None:
@@ -344,42 +355,40 @@ def save_checkpoint(state: dict, path: Path) -> None:
 
 
 def load_checkpoint(path: Path, advice: str = "move it away or restore a copy") -> dict:
-    """A checkpoint's dict, on the CPU. Never runs code from the file (`weights_only`). UserError if it cannot be
-    read; `advice` is for a file that holds what only code could build."""
+    """A checkpoint's dict, on the CPU. Never runs code from the file (`weights_only`). UserError if it cannot
+    be read; `advice` is for a file that holds what only code could build."""
     import torch
     try:
-        if path.stat().st_size == 0:
-            raise UserError(f"checkpoint {path} is empty; move it away or restore a copy")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
-    except (UserError, PermissionError, IsADirectoryError):
+    except (PermissionError, IsADirectoryError):
         raise
     except Exception as error:  # torch.load raises half a dozen types for damaged files
+        problem = "is empty, damaged or no checkpoint; move it away or restore a copy"
         if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
-            raise UserError(f"checkpoint {path} holds more than tensors and plain data, which is not loaded; {advice}") from error
-        raise UserError(f"checkpoint {path} is damaged or no checkpoint; move it away or restore a copy") from error
+            problem = f"holds more than tensors and plain data, which is not loaded; {advice}"
+        raise UserError(f"checkpoint {path} {problem}") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} is no checkpoint: it holds a {type(state).__name__}, not a dict")
     return state
 
 
 def check_same_run(saved: dict, args: dict, path: Path, free: tuple[str, ...] = ()) -> None:
-    """UserError if the flags saved in a checkpoint contradict those of this run; the names in `free` may differ."""
-    show = lambda value: " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value  # noqa: E731
-    if differing := [f"--{name} {show(saved.get(name))} there, {show(value)} here"
+    """UserError if the flags saved in a checkpoint contradict this run's; the names in `free` may differ."""
+    if differing := [f"--{name} {_show(saved.get(name))} there, {_show(value)} here"
                      for name, value in args.items() if name not in free and saved.get(name) != value]:
-        raise UserError(f"{path} belongs to another run: {'; '.join(differing)}. Resume with the same flags, or choose "
-                        "another --output_dir")
+        raise UserError(f"{path} belongs to another run: {'; '.join(differing)}. Resume with the same flags, "
+                        "or choose another --output_dir")
 
 
-def read_resume(args: argparse.Namespace, path: Path, free: tuple[str, ...], flags: dict | None = None) -> dict | None:
-    """The checkpoint of an unfinished run with the same flags, those in `free` aside; None if there is neither a
-    checkpoint nor a log. UserError if it belongs to another run, or if only its log.txt is left."""
+def read_resume(args, path: Path, free: tuple[str, ...], flags: dict | None = None) -> dict | None:
+    """The checkpoint of an unfinished run with the same flags, those in `free` aside; None if there is
+    neither checkpoint nor log. UserError if it belongs to another run, or if only its log.txt is left."""
     if not path.exists():
         if (log := path.with_name("log.txt")).exists() and log.stat().st_size:
-            raise UserError(f"{log} belongs to another run, or to one whose {path.name} is gone; move it away or choose "
-                            "another --output_dir")
+            raise UserError(f"{log} belongs to another run, or {path.name} is gone; move it away "
+                            "or choose another --output_dir")
         return None
     state = load_checkpoint(path)
     if not isinstance(state.get("args"), dict):
@@ -388,46 +397,42 @@ def read_resume(args: argparse.Namespace, path: Path, free: tuple[str, ...], fla
     return state
 
 
+def check_same_data(state: dict, checksum: list, path: Path) -> None:
+    """UserError if the checkpoint was trained on other images; checksum: [number of images, ...]."""
+    if state.get("data") != checksum:
+        there = (state.get("data") or ["unknown"])[0]
+        raise UserError(f"{path} was trained on other images (number there: {there}, here: {checksum[0]}); "
+                        "give the same data, or choose another --output_dir")
+
+
 def load_parts(state: dict, parts: dict, path: Path) -> None:
-    """Loads `state[name]` into each of `parts`, name -> module, optimiser or the like. UserError if one does not fit."""
+    """Loads `state[name]` into each of `parts`, name -> module or optimiser. UserError for a misfit."""
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} does not fit this run's {name}: {reason(error)}; move it away") from error
-
-
-def check_same_data(state: dict, checksum: list, path: Path) -> None:
-    """UserError if the checkpoint was trained on other images; checksum: [number of images, ...]."""
-    if state.get("data") != checksum:
-        raise UserError(f"{path} was trained on other images: {state['data'][0]} there, {checksum[0]} here, or others. "
-                        "Give the same data, or choose another --output_dir")
+            raise UserError(f"{path} does not fit this run's {name}: {reason(error)}; move it away") from None
 
 
 def diverged(what: str, epoch: int, step: int) -> str:
-    return (f"training diverged: {what} is not finite at step {step + 1} of epoch {epoch + 1}; start anew with a lower --lr "
-            "or --weights_lr. The last checkpoint was not overwritten")
-
-
-def millions(network) -> str:
-    """The network's number of parameters."""
-    return f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.2f}"
+    return (f"training diverged: {what} is not finite at step {step + 1} of epoch {epoch + 1}; start anew "
+            "with a lower --lr or --weights_lr. The last checkpoint was not overwritten")
 
 
 def lock_folder(folder: Path):
-    """Makes the folder and locks it for this process until the returned file is closed. UserError if another process
-    holds the lock, or it cannot be written to. The lock of a process that has ended is void."""
+    """Makes the folder and locks it for this process until the returned file is closed. UserError if another
+    process holds the lock. The lock of a process that has ended is void."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "run.lock", "a+")
     try:
-        import fcntl  # not on Windows
+        import fcntl
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        return file
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         file.seek(0)
-        raise UserError(f"another run writes to {folder} ({file.read().strip()}); wait for it, or choose another "
-                        "--output_dir") from None
+        raise UserError(f"another run writes to {folder} ({file.read().strip()}); wait for it, or choose "
+                        "another --output_dir") from None
+    except (ImportError, OSError):  # Windows, and file systems without locks
+        return file
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -435,45 +440,46 @@ def lock_folder(folder: Path):
 
 
 def leave_group(worker: int) -> None:
-    """A loader's `worker_init_fn`: keeps the workers running when a signal reaches the whole process group, as from a
-    terminal or launcher, until their trainer has saved."""
+    """A loader's `worker_init_fn`: a signal to the whole process group, as from a terminal or launcher, then
+    leaves the workers running until their trainer has saved."""
     if hasattr(os, "setsid"):
         os.setsid()
 
 
 class Interruption:
-    """Turns SIGTERM and Ctrl-C into a request that the loop answers between two steps: save, then exit. A second
-    signal ends the process at once. `close` restores the former handlers."""
+    """Turns SIGTERM and Ctrl-C into a request that the loop answers between two steps: save, then exit. A
+    second signal ends the process at once. `close` restores the former handlers."""
 
     def __init__(self):
         self.signal = None
-        self._former = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._former = {sig: signal.signal(sig, self._request) for sig in (signal.SIGTERM, signal.SIGINT)}
 
     def close(self) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
+        for sig, handler in self._former.items():
+            signal.signal(sig, handler)
 
-    def _request(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+    def _request(self, sig, frame):
+        self.signal = sig
+        signal.signal(sig, signal.SIG_DFL)
 
     def exit(self, message: str):
         print(message, file=sys.stderr, flush=True)
         sys.exit(128 + (self.signal or signal.SIGTERM))  # None: the signal went to another rank
 
 
-# -------------------------------------------------------------------------------------------------------------- log
+# -------------------------------------------------------------------------------------------------------- log
 
-SHORT = {"train_loss": "loss", "train_lr": "lr", "train_wd": "wd", "test_acc@1": "acc@1", "test_acc@5": "acc@5",
-         "test_auc": "auc", "positive": "pos", "negative": "neg", "images_per_s": "img/s", "data_wait": "wait",
-         "memory_gb": "GB", "hours_left": "hours", "seconds": "sec", "knn_acc@1": "knn@1", "knn_acc@5": "knn@5",
-         "test_loss": "t_loss", "test_acc1": "acc@1", "test_acc5": "acc@5", "test_class_acc1": "class@1"}
+SHORT = {"train_loss": "loss", "train_lr": "lr", "train_wd": "wd", "test_acc@1": "acc@1",
+         "test_acc@5": "acc@5", "test_auc": "auc", "positive": "pos", "negative": "neg",
+         "images_per_s": "img/s", "data_wait": "wait", "memory_gb": "GB", "hours_left": "hours",
+         "seconds": "sec", "knn_acc@1": "knn@1", "knn_acc@5": "knn@5", "test_loss": "t_loss",
+         "test_acc1": "acc@1", "test_acc5": "acc@5", "test_class_acc1": "class@1"}
 NARROW = ("epoch", "step", "positive", "negative", "a", "b", "alpha")
 
 
 class RunLog:
-    """Writes records (flat dicts with an "epoch" from 0, and a "step" if they are of a part of it) to the screen,
-    log.txt (JSON lines, only ever appended to), TensorBoard and, if it is named, a CSV table of the epochs.
+    """Writes records (flat dicts with an "epoch" from 0, and a "step" if they are of a part of it) to the
+    screen, log.txt (JSON lines, only ever appended to), TensorBoard and, if named, a CSV table of the epochs.
 
     position: (epoch, step) that runs next; `records` holds what log.txt tells of the run before it.
     steps: steps per epoch, for TensorBoard's axis.
@@ -482,7 +488,7 @@ class RunLog:
     def __init__(self, folder: Path, position: tuple[int, int], steps: int = 1, table: str | None = None):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
         self.path, self.steps, self.columns = folder / "log.txt", steps, []
-        self.records = [r for r in read_records(self.path) if (r["epoch"], r.get("step", math.inf)) <= position]
+        self.records = [record for record in read_records(self.path) if _position(record) <= position]
         self.table = folder / table if table else None
         self.rows = read_table(self.table) if table and self.table.exists() else {}
         self.board = SummaryWriter(folder / "tensorboard", purge_step=position[0] * steps + position[1] + 1)
@@ -492,41 +498,50 @@ class RunLog:
         self.records.append(record)
         try:
             with open(self.path, "a+b") as file:
-                torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"  # by a kill
-                file.write(b"\n" * bool(torn) + json.dumps(record).encode() + b"\n")
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    file.write(b"" if file.read() == b"\n" else b"\n")  # a kill may have left half a line
+                file.write(json.dumps(record).encode() + b"\n")
+            axis, at = "epochs", record["epoch"] + 1
+            if "step" in record:
+                axis, at = "steps", record["epoch"] * self.steps + record["step"]
             for name, value in record.items():
                 if name not in ("epoch", "step") and value is not None:
-                    part, at = (("steps", record["epoch"] * self.steps + record["step"]) if "step" in record else
-                                ("epochs", record["epoch"] + 1))
-                    self.board.add_scalar(f"{part}/{name}", value, at)
+                    self.board.add_scalar(f"{axis}/{name}", value, at)
             self.board.flush()
         except OSError as error:
-            raise UserError(f"cannot write to {self.path.parent}: {reason(error)}. Free space, then run the same command "
-                            "again") from error
+            raise UserError(f"cannot write to {self.path.parent}: {reason(error)}. Free space, then run the "
+                            "same command again") from error
         if self.table and "step" not in record:
-            self.rows[str(record["epoch"])] = record
+            self.rows[record["epoch"]] = record
             names = list(dict.fromkeys(name for row in self.rows.values() for name in row))
-            rows = sorted(self.rows.items(), key=lambda item: int(item[0]))
-            replace_file(self.table, lambda file: csv.writer(file).writerows(
-                [names, *([row.get(name, "") for name in names] for _, row in rows)]))
+            rows = [[self.rows[epoch].get(name, "") for name in names] for epoch in sorted(self.rows)]
+            replace_file(self.table, lambda file: csv.writer(file).writerows([names, *rows]))
 
     def _print(self, record: dict) -> None:
         if new := [name for name in record if name not in self.columns]:
             self.columns += new
             print(" ".join(f"{SHORT.get(name, name):>{_width(name)}}" for name in self.columns))
         shown = record | {"epoch": record["epoch"] + 1}  # people count from 1
-        print(" ".join(f"{format_value(shown.get(name)):>{_width(name)}}" for name in self.columns), flush=True)
+        texts = [format_value(shown.get(name), _width(name)).rjust(_width(name)) for name in self.columns]
+        print(" ".join(texts), flush=True)
 
 
 def _width(name: str) -> int:
     return max(len(SHORT.get(name, name)), 6 if name in NARROW else 7)
 
 
-def format_value(value) -> str:
-    """A value of a record in at most 7 characters, if it is a number."""
+def _position(record: dict) -> tuple[int, float]:
+    return record["epoch"], record.get("step", math.inf)
+
+
+def format_value(value, width: int = 7) -> str:
+    """A value of a record; a float with up to four digits that fit into `width`."""
     if not isinstance(value, float):
         return "" if value is None else str(value)
-    return f"{value:.4g}" if value == 0 or 0.1 <= abs(value) < 1e4 else f"{value:.2g}"
+    formats = (".0f",) if 1000 <= abs(value) < 1e5 else (".4g", ".3g", ".2g", ".1g")
+    texts = [format(value, form) for form in formats]
+    return next((text for text in texts if len(text) <= width), texts[-1])
 
 
 def format_record(record: dict) -> str:
@@ -535,30 +550,30 @@ def format_record(record: dict) -> str:
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records of a log.txt, the last of each (epoch, step), in order; none if there is no such file. Lines that
+    """The records of a log.txt, the last of each (epoch, step), in order; none without a file. Lines that
     are no record (a kill may leave half a line) are reported and left alone."""
-    if not path.exists():
-        return []
     records, bad = {}, []
-    for line_number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
             record = json.loads(line)
-            records[int(record["epoch"]), int(record.get("step", 2**62))] = record
+            if not isinstance(record["epoch"], int) or not isinstance(record.get("step", 0), int):
+                raise TypeError
+            records[_position(record)] = record
         except (ValueError, KeyError, TypeError, AttributeError):
-            bad.append(line_number)
+            bad.append(number)
     if bad:
-        print(f"note: {path} has {len(bad)} lines that are no record, the first is line {bad[0]}; they are kept",
+        print(f"note: {path} has {len(bad)} lines that are no record, first line {bad[0]}; they are kept",
               file=sys.stderr, flush=True)
     return [records[key] for key in sorted(records)]
 
 
-def read_table(path: Path) -> dict[str, dict]:
+def read_table(path: Path) -> dict[int, dict]:
     """The rows of a run's CSV by epoch. UserError if it is none: it would be overwritten."""
-    with open(path, newline="", errors="replace") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not all((row.get("epoch") or "").lstrip("-").isdigit() for row in rows):
-        raise UserError(f"{path} is no table of epochs; move it away")
-    return {row["epoch"]: row for row in rows}
+    try:
+        with open(path, newline="") as file:
+            return {int(row["epoch"]): row for row in csv.DictReader(file, strict=True)}
+    except (csv.Error, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is no table of epochs; move it away") from None
 
 
 def progress(steps, done: int, total: int, title: str, quiet: bool = False):
