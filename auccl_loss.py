@@ -6,22 +6,23 @@
     loss = criterion(model(view0), model(view1))  # [n, D], [n, D] -> scalar
     loss.backward(); optimizer.step()                         # model, a and b descend, alpha ascends
 
-A score is an affine map of the cosine of two embeddings, h = s cos + t. Positive pairs are two views of one image,
-negative pairs views of two images. E+ and E- are means over pairs, m is the margin, nu and kappa weigh the negatives:
+A score is an affine map of the cosine of two embeddings, h = s cos + t. Positive pairs are two views of one
+image, negative pairs views of two images. E+ and E- are means over pairs, m is the margin, nu and kappa are
+weights of the negatives:
 
     min over network, a, b   max over alpha
-    L = E+[(h - a)^2] + nu E-[(h - b)^2] + 2 alpha (m - E+[h] + kappa E-[h]) - alpha^2                    (1)
+    L = E+[(h - a)^2] + nu E-[(h - b)^2] + 2 alpha (m - E+[h] + kappa E-[h]) - alpha^2                (1)
 
 At the saddle a = E+[h], b = E-[h], alpha = m - a + kappa b. With nu = kappa = 1, (1) is there the mean of
-(m - h+ + h-)^2 over all couples of a positive and a negative pair: the square surrogate of the AUC (Ying, Wen,
-Lyu; NeurIPS 2016). (1) needs only the first two moments of the cosine over pairs, which are sums over images:
+(m - h+ + h-)^2 over all couples of a positive and a negative pair: the square surrogate of the AUC (Ying,
+Wen, Lyu; NeurIPS 2016). (1) needs the first two moments of the cosine over pairs, which are sums over images:
 
     sum_ij  q_i . k_j     = (sum_i q_i) . (sum_j k_j)
-    sum_ij (q_i . k_j)^2  = < Q^T Q , K^T K >_F                                                           (2)
+    sum_ij (q_i . k_j)^2  = < Q^T Q , K^T K >_F                                                       (2)
 
-So the objective over all pairs costs O(n D^2) time and O(D^2) memory without an n x n matrix, and one all-reduce
-over ranks. Where D is the larger, plain matrices of cosines are taken, over ranks from gathered rows. Every rank
-holds the whole objective: the mean over ranks that DistributedDataParallel takes of gradients is its gradient.
+So the objective over all pairs costs O(n D^2) time and O(D^2) memory without an n x n matrix, and one
+all-reduce over ranks. Where D is the larger, matrices of cosines are taken, over ranks from gathered rows.
+Every rank holds the whole objective: DistributedDataParallel's mean over ranks is its gradient.
 """
 import functools
 import inspect
@@ -41,7 +42,7 @@ ALWAYS_GRAM_WIDTH = 512  # up to this D (1 MB) ranks take Gram matrices without 
 
 
 class PairMoments(NamedTuple):
-    """Moments of the cosine over positive and negative pairs; `negatives` is their number per anchor."""
+    """Moments of the cosine over positive and negative pairs; `negatives` counts those per anchor."""
 
     positive_mean: Tensor
     positive_square: Tensor
@@ -49,11 +50,20 @@ class PairMoments(NamedTuple):
     negative_square: Tensor
     negatives: int | Tensor
 
+    def of_score(self, score: str) -> "PairMoments":
+        """The moments of the score h = s cos + t."""
+        s, t = SCORES[score]
+        if (s, t) == (1, 0):
+            return self
+        means = s * self.positive_mean + t, s * self.negative_mean + t
+        squares = [s**2 * square + 2 * s * t * mean + t**2 for mean, square in (self[:2], self[2:4])]
+        return PairMoments(means[0], squares[0], means[1], squares[1], self.negatives)
 
-# ---------------------------------------------------------------------------------------- functions of tensors
+
+# -------------------------------------------------------------------------------------- functions of tensors
 
 def unit_rows(z: Tensor) -> Tensor:
-    """Rows scaled to length 1, at least in float32: [..., D] -> [..., D]. A zero row keeps zero, and zero gradient."""
+    """Rows scaled to length 1, in float32 at least, [..., D]. A zero row stays zero, without gradient."""
     return _UnitRows.apply(_at_least_float32(z))[0]
 
 
@@ -76,7 +86,8 @@ def symmetric_moments(z0: Tensor, z1: Tensor, gather: bool = True, gram: bool | 
         z = torch.cat([z0, z1])  # [2n, D]
         cosines = z @ _gather_rows(z, [2 * n for n in images]).T  # [2n, 2 sum(images)]
         pairs = torch.stack([cosines.sum(), cosines.square().sum()])
-        count, own, pairs, selves = _sum_over_ranks(len(z0), own, pairs, z.detach().square().sum(), gather=gather)
+        selves = z.detach().square().sum()
+        count, own, pairs, selves = _sum_over_ranks(len(z0), own, pairs, selves, gather=gather)
     # Ordered pairs within one image: its positive twice, and each view with itself: 1, or 0 for a zero row.
     within = 2 * own + selves
     negatives = 2 * count - 2
@@ -100,8 +111,8 @@ def teacher_student_moments(teacher: Tensor, student: Tensor, gather: bool = Tru
     own = torch.stack([positives.sum(), positives.square().sum()])
 
     if (images := _images_for_cosines(teacher[0], u * v / (u + v), gather, gram)) is None:
-        views = [[x] for x in student[:u]] + [student[u:].unbind()] * (v > u)  # the last: what no teacher view is
-        sums, grams = (torch.stack(x) for x in zip(*(_Sums.apply(*x) for x in views)))  # [U + 1, D], [U + 1, D, D]
+        views = [[x] for x in student[:u]] + [student[u:].unbind()] * (v > u)  # last: those that the teacher lacks
+        sums, grams = map(torch.stack, zip(*(_Sums.apply(*x) for x in views)))  # [U + 1, D], [U + 1, D, D]
         count, own, t_sums, t_grams, s_sums, s_grams = _sum_over_ranks(
             n, own, teacher.sum(1), teacher.mT @ teacher, sums, grams, gather=gather)
         other = other[:, :len(views)]
@@ -117,15 +128,13 @@ def teacher_student_moments(teacher: Tensor, student: Tensor, gather: bool = Tru
     return PairMoments(*(own / anchors), *((pairs - own) / (anchors * negatives)), negatives)
 
 
-def auc_objective(moments: PairMoments, a, b, alpha, margin=1.0, negative_weight=1.0, margin_negative_weight=1.0,
-                  score: str = "cosine") -> Tensor:
-    """Equation (1) from the moments of the cosine; a 0-dim tensor. Weights are numbers or 0-dim tensors."""
-    s, t = SCORES[score]
-    h_positive, h_negative = s * moments.positive_mean + t, s * moments.negative_mean + t
-    # E[(h - a)^2] = Var(h) + (E[h] - a)^2
-    positive_spread = s**2 * (moments.positive_square - moments.positive_mean**2) + (h_positive - a)**2
-    negative_spread = s**2 * (moments.negative_square - moments.negative_mean**2) + (h_negative - b)**2
-    violation = margin - h_positive + margin_negative_weight * h_negative
+def auc_objective(moments: PairMoments, a, b, alpha, margin=1.0, negative_weight=1.0,
+                  margin_negative_weight=1.0) -> Tensor:
+    """Equation (1) from the moments of the score; a 0-dim tensor. Weights are numbers or 0-dim tensors."""
+    positive_mean, positive_square, negative_mean, negative_square, _ = moments
+    positive_spread = positive_square + a * (a - 2 * positive_mean)  # E+[(h - a)^2]
+    negative_spread = negative_square + b * (b - 2 * negative_mean)
+    violation = margin - positive_mean + margin_negative_weight * negative_mean
     return positive_spread + negative_weight * negative_spread + alpha * (2 * violation - alpha)
 
 
@@ -133,7 +142,7 @@ def auc_objective(moments: PairMoments, a, b, alpha, margin=1.0, negative_weight
 def pair_auc(z0: Tensor, z1: Tensor, chunk: int = 256) -> float:
     """AUC of positive against negative cosines: the share of couples (positive, negative) in the right order.
 
-    Exact over the n positive and 2n (2n - 2) negative pairs of two views [n, D]; ties count half. O(chunk n) memory.
+    Exact over the n positive and 2n (2n - 2) negative pairs of two views [n, D]; ties count half.
     """
     _check_views(z0, z1, 2)
     z = torch.cat([unit_rows(z0), unit_rows(z1)])
@@ -150,8 +159,8 @@ def pair_auc(z0: Tensor, z1: Tensor, chunk: int = 256) -> float:
 
 
 class _UnitRows(torch.autograd.Function):
-    """x -> x / |x| by rows, and |x|. The gradient (g - z (z . g)) / |x| passes over memory four times, autograd's
-    a dozen. The norm, infinite for a zero row, is an output only so that second derivatives are right."""
+    """x -> x / |x| by rows, and |x|. The gradient (g - z (z . g)) / |x| passes over memory four times,
+    autograd's a dozen. |x|, infinite for a zero row, is an output so that second derivatives are right."""
 
     @staticmethod
     def forward(x):
@@ -162,18 +171,17 @@ class _UnitRows(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*output)
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad, grad_norm):
         z, norm = ctx.saved_tensors
-        grad_x = torch.addcmul(grad, z, (z * grad).sum(-1, keepdim=True), value=-1) / norm
-        return grad_x if grad_norm is None else grad_x + z * grad_norm
+        along = (z * grad).sum(-1, keepdim=True) / norm - grad_norm
+        return torch.addcmul(grad / norm, z, along, value=-1)
 
 
 class _Sums(torch.autograd.Function):
-    """Views x [n, D] -> the sums over all views and rows of x_i [D] and of x_i x_i^T [D, D]. The gradient takes one
-    product with x, autograd's two."""
+    """Views x [n, D] -> the sums over all views and rows of x_i, [D], and of x_i x_i^T, [D, D]. The gradient
+    takes one product with x, autograd's two."""
 
     @staticmethod
     def forward(*views):
@@ -216,9 +224,12 @@ def _check_views(first: Tensor, second: Tensor, dims: int, world: int = 1) -> No
         raise ValueError(f"the branches differ in shape: {list(first.shape)} and {list(second.shape)}")
     if first.shape[-2] * world < 2 or first.shape[-2] == 0:
         raise ValueError(f"negative pairs need at least two images, got {first.shape[-2]}")
+    if dims == 3 and (len(second) < max(2, len(first)) or len(first) == 0):
+        raise ValueError("the student must see every teacher view and one more: got "
+                         f"{len(first)} teacher views and {len(second)} student views")
 
 
-# -------------------------------------------------------------------------------------------------- over ranks
+# ------------------------------------------------------------------------------------------------ over ranks
 
 class _AllReduce(torch.autograd.Function):
     """The sum over ranks. Its gradient is a sum over ranks as well."""
@@ -266,7 +277,7 @@ def _sum_over_ranks(count: int, *tensors: Tensor, gather: bool) -> list[int | Te
 def _images_for_cosines(rows: Tensor, factor: float, gather: bool, gram: bool | None) -> list[int] | None:
     """The ranks' numbers of images where matrices of cosines are to be taken, None where Gram matrices are.
 
-    With gram=None it is the cheaper: cosines where factor * n <= D for n images in all. rows: [n, D] of this rank.
+    rows: [n, D] of this rank. gram=None takes the cheaper: cosines where factor * images of all ranks <= D.
     """
     n, dim = rows.shape
     world = _world_size(gather)
@@ -282,37 +293,37 @@ def _images_for_cosines(rows: Tensor, factor: float, gather: bool, gram: bool | 
 
 
 def _gather_rows(x: Tensor, counts: list[int]) -> Tensor:
-    """The rows of all ranks: [..., n, D] -> [..., sum(counts), D]. The gradient is summed over ranks."""
+    """The rows of all ranks, which may differ in n: [..., n, D] -> [..., sum(counts), D]. An all-reduce of
+    zero-padded rows; its gradient is a sum over ranks and a slice."""
     if len(counts) == 1:
         return x
     before, after = sum(counts[:dist.get_rank()]), sum(counts[dist.get_rank() + 1:])
-    return _AllReduce.apply(nn.functional.pad(x, (0, 0, before, after)))  # ranks hold different numbers of rows
+    return _AllReduce.apply(nn.functional.pad(x, (0, 0, before, after)))
 
 
-# ------------------------------------------------------------------------------------------------- the modules
+# ----------------------------------------------------------------------------------------------- the modules
 
 class AUCCLLoss(nn.Module):
     """Equation (1) of this file. The primal weights a, b and the dual weight alpha are parameters.
 
-    Any optimiser that descends does descent-ascent: alpha's gradient is reversed, and b's is divided by nu, so that
-    plain steps on all three are stable for a learning rate below 1 (the curvature in b is 2 nu).
+    Any optimiser that descends does descent-ascent: alpha's gradient is reversed, and b's is divided by nu,
+    so that plain steps on all three are stable below a learning rate of 1 (the curvature in b is 2 nu).
 
     Args:
-        a, b, alpha: initial values. a settles at the mean positive score, b at the mean negative one, alpha at
-            m - a + kappa b.
+        a, b, alpha: initial values.
         margin: m.
         negative_weight: nu, weight of the negatives' spread; "sum" is the number of negatives per anchor.
-        margin_negative_weight: kappa, weight of the negatives in the margin term; likewise. Keep it at 1 for a
-            student that faces a teacher: with kappa = nu > 1, collapse to one negative cosine has loss 0.
+        margin_negative_weight: kappa, weight of the negatives in the margin term; likewise. Keep it at 1 for
+            a student that faces a teacher: with kappa = nu > 1, collapse to one negative cosine has loss 0.
         learn: which of a, b, alpha are learned; the others are held at their initial values.
         score: "cosine", h = cos, or "unit", h = (1 + cos) / 2.
-        gather: negatives from all ranks when a process group is up; False keeps to this rank's and averages the
-            gradients of a, b, alpha over ranks.
+        gather: negatives from all ranks when a process group is up; False keeps to this rank's, and averages
+            the gradients of a, b, alpha over ranks.
 
-    With nu and kappa independent of the batch, minibatch gradients are unbiased estimates of the population's at
-    any batch size, since pair means are U-statistics (batch norm in training mode breaks this, under every loss).
-    Embeddings are normalised inside; moments are float32 at least, also under autocast. ValueError for fewer than
-    two images, mismatched shapes and non-floating input.
+    With nu and kappa independent of the batch, minibatch gradients are unbiased estimates of the population's
+    at any batch size: pair means are U-statistics. (Batch norm in training mode breaks this, as for any loss.)
+    Embeddings are normalised inside; moments are float32 at least, also under autocast. ValueError for fewer
+    than two images, mismatched shapes and non-floating input.
     """
 
     def __init__(self, a: float = 1.0, b: float = 0.0, alpha: float = 1.0, margin: float = 1.0,
@@ -325,7 +336,7 @@ class AUCCLLoss(nn.Module):
             raise ValueError(f"unknown score {score!r}; choose from {', '.join(SCORES)}")
         for value in (negative_weight, margin_negative_weight):
             if value != "sum" and (isinstance(value, str) or not 0 < value < math.inf):
-                raise ValueError(f"a weight of the negatives must be a positive number or 'sum', got {value!r}")
+                raise ValueError(f"negatives' weights must be positive numbers or 'sum', got {value!r}")
         if not all(map(math.isfinite, (a, b, alpha, margin))):
             raise ValueError(f"a, b, alpha and margin must be finite, got {a}, {b}, {alpha}, {margin}")
         for name, value in zip(WEIGHTS, (a, b, alpha)):
@@ -350,9 +361,9 @@ class AUCCLLoss(nn.Module):
             return self._objective(symmetric_moments(unit_rows(z0), unit_rows(z1), self.gather))
 
     def teacher_student(self, teacher: Tensor, student: Tensor) -> Tensor:
-        """Multi-crop form, the mean over couples of different views; a 0-dim tensor. teacher: [U, n, D] of the global
-        views, without gradient; student: [V, n, D] of all views, the first U are the teacher's."""
-        self._check_teacher_student(teacher, student)
+        """Multi-crop form, the mean over couples of different views; a 0-dim tensor. teacher: [U, n, D] of
+        the global views, without gradient; student: [V, n, D] of all views, the first U are the teacher's."""
+        _check_views(teacher, student, 3, _world_size(self.gather))
         with torch.autocast(student.device.type, enabled=False):
             moments = teacher_student_moments(unit_rows(teacher), unit_rows(student), self.gather)
             return self._objective(moments)
@@ -374,14 +385,14 @@ class AUCCLLoss(nn.Module):
                 f"{self.margin_negative_weight}, learn=({learned}), score={self.score}")
 
     def _objective(self, moments: PairMoments) -> Tensor:
-        s, t = SCORES[self.score]
-        self.means = s * torch.stack([moments.positive_mean.detach(), moments.negative_mean.detach()]) + t
+        moments = moments.of_score(self.score)
+        self.means = torch.stack([moments.positive_mean.detach(), moments.negative_mean.detach()])
         nu, kappa = (moments.negatives if weight == "sum" else weight
                      for weight in (self.negative_weight, self.margin_negative_weight))
         a, b, alpha = self._weights(moments.positive_mean)
         self._check_range(alpha, kappa)
         b, alpha = _scale_gradient(b, 1 / nu), _scale_gradient(alpha, -1)
-        return auc_objective(moments, a, b, alpha, self.margin, nu, kappa, self.score)
+        return auc_objective(moments, a, b, alpha, self.margin, nu, kappa)
 
     def _weights(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """a, b, alpha, on the device and in the dtype of `like`."""
@@ -394,28 +405,22 @@ class AUCCLLoss(nn.Module):
             dist.all_reduce(low, dist.ReduceOp.MIN)
             dist.all_reduce(high, dist.ReduceOp.MAX)
             if not torch.equal(low, high):
-                raise RuntimeError(f"a, b, alpha differ between ranks, {weights.tolist()} here: start them equal")
+                raise RuntimeError(f"a, b, alpha differ between ranks ({weights.tolist()}): start them equal")
             self._checked_equal = True
         return (weights if self.gather else _AverageGradient.apply(weights)).unbind()
 
     def _check_range(self, alpha: Tensor, kappa) -> None:
-        """Warns once of an alpha that no scores in [-1, 1] explain. Off the CPU, where reading alpha makes the host wait,
-        it looks at every 100th call."""
+        """Warns once of an alpha that no scores in [-1, 1] explain. On an accelerator, where reading it makes
+        the host wait, every 100th call looks."""
         self._calls += 1
         if self._warned or not self.alpha.requires_grad or (alpha.device.type != "cpu" and self._calls % 100):
             return
         value, bound = alpha.item(), abs(self.margin) + 1 + float(kappa)
         if abs(value) > bound:
             self._warned = True
-            warnings.warn(f"alpha = {value:.3g} is out of its range, +-{bound:.3g}. Likely causes: alpha ascends by itself "
-                          "through a reversed gradient; maximize=True or a sign flip makes it descend. Or its "
-                          "learning rate is too large.", stacklevel=2)
-
-    def _check_teacher_student(self, teacher: Tensor, student: Tensor) -> None:
-        _check_views(teacher, student, 3, _world_size(self.gather))
-        if len(student) < max(2, len(teacher)) or len(teacher) == 0:
-            raise ValueError("the student must see every teacher view and one more: got "
-                             f"{len(teacher)} teacher views and {len(student)} student views")
+            warnings.warn(f"alpha = {value:.3g} is out of its range, +-{bound:.3g}: alpha ascends by itself "
+                          "through a reversed gradient, and maximize=True or a sign flip makes it descend; or "
+                          "the learning rate is too large", stacklevel=2)
 
 
 class ReleasedCIFARLoss(AUCCLLoss):
@@ -442,8 +447,8 @@ class ReleasedCIFARLoss(AUCCLLoss):
 class ReleasedImageNetLoss(AUCCLLoss):
     """`released_imagenet` as a module: teacher/student form only, this rank's images, a, b and alpha held.
 
-    The buffer `center` is an EMA of the teacher's mean output over ranks, updated in training mode. A training loop
-    may schedule the attribute `teacher_temp`.
+    The buffer `center` is an EMA of the teacher's mean output over ranks, updated in training mode. A
+    training loop may schedule the attribute `teacher_temp`.
     """
 
     def __init__(self, a: float = 10.0, b: float = 0.0, alpha: float = 1.0, learn: tuple[str, ...] = (),
@@ -459,7 +464,7 @@ class ReleasedImageNetLoss(AUCCLLoss):
         raise ValueError("released-imagenet has no symmetric form; use 'paper' or 'released-cifar'")
 
     def teacher_student(self, teacher: Tensor, student: Tensor) -> Tensor:
-        self._check_teacher_student(teacher, student)
+        _check_views(teacher, student, 3, _world_size(self.gather))
         with torch.autocast(student.device.type, enabled=False):
             teacher, student = _at_least_float32(teacher.detach()), _at_least_float32(student)
             q = ((teacher - self.center.to(teacher)) / self.teacher_temp).softmax(-1)
@@ -472,7 +477,7 @@ class ReleasedImageNetLoss(AUCCLLoss):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if (saved := state_dict.get(prefix + "center")) is not None:
-            self.center = self.center.new_zeros(saved.shape)  # its width is known from a batch or a checkpoint
+            self.center = self.center.new_zeros(saved.shape)  # [1] in a new module
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

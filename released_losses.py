@@ -1,9 +1,9 @@
 """The losses that the authors' released code computes, as functions of tensors with plain n x n matrices.
 
 Like that code they see this rank's images alone. auccl_loss.py wraps them as the presets "released-cifar" and
-"released-imagenet". Unlike equation (1) there, they are linear in alpha, hold a and alpha, and sum over negatives.
-E_i is the mean over i. Each returns three 0-dim tensors: the loss, and the mean score h of the positive pairs and
-of the pairs of different images.
+"released-imagenet". Unlike equation (1) there, they are linear in alpha and sum over negatives; the released
+code holds a and alpha. E_i is the mean over i. Each returns three 0-dim tensors: the loss, and the mean score
+h of the positive pairs and of the pairs of different images.
 """
 import torch
 from torch import Tensor
@@ -39,8 +39,8 @@ def released_imagenet(q: Tensor, k: Tensor, a, b, alpha) -> tuple[Tensor, Tensor
     """The teacher/student loss, without normalisation. Released: a = 10, b = 0, alpha = 1.
 
     q [U, n, D] is softmax((teacher - center) / teacher_temp) of U teacher views, k [V, n, D] is student /
-    student_temp of V student views; student view u < U is teacher view u. With h_ij = (1 + q_i . k_j) / 2, per
-    couple of a teacher view u and a student view v != u:
+    student_temp of V student views; student view u < U is teacher view u. With h_ij = (1 + q_i . k_j) / 2,
+    per couple of a teacher view u and a student view v != u:
 
         E_i[(h_ii - a)^2 - 2 alpha h_ii] + (32 / n) E_i[sum_{j != i} ((h_ij - b)^2 + 2 alpha h_ij)] + 1
 
