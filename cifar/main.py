@@ -3,7 +3,7 @@
     python main.py                                                # ResNet-50, CIFAR-10 (fetched if absent)
     python main.py --preset released-cifar                        # what the authors' released code optimises
     python main.py --dataset folder --data_path DIR --arch small  # DIR/train/<class>/*, DIR/test/<class>/*
-    python main.py --dataset shapes --arch tiny --projector 512 256 --batch_size 64 --epochs 16 --lr 8e-3
+    python main.py --dataset shapes --arch tiny --projector 512 256 --batch_size 64 --epochs 14 --lr 1.2e-2
 
 The last needs no download, and minutes on a CPU. The same command again resumes. --output_dir receives
 checkpoint.pth, log.txt (a JSON record per epoch), the same records as ..._statistics.csv and for TensorBoard,
@@ -203,8 +203,8 @@ def features(run, images):
 
 @torch.inference_mode()
 def evaluate(run):
-    """k-NN accuracy of the backbone's features, and the AUC of positive against negative pairs of embeddings:
-    of two views of a random choice of test images, the same in every epoch."""
+    """k-NN accuracy of the backbone's features, and the AUC of positive against negative pairs of embeddings.
+    The pairs are of two views of a random choice of test images, the same in every epoch."""
     args, data = run.args, run.data
     top1, top5 = knn_accuracy(features(run, data.bank), data.bank_labels, features(run, data.test),
                               data.test_labels, ks=(args.nb_knn,), temperature=args.temperature)[args.nb_knn]

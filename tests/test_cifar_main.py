@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import data
 import interrupt
-import matplotlib.pyplot  # noqa: F401, here lest every forked run imports it
+import matplotlib.pyplot as plt  # here lest every forked run imports it
 import numpy as np
 import pytest
 import torch
 import torch.utils.tensorboard  # noqa: F401, likewise
 import utils
-from cifar import main
+from cifar import curves, main
 from cifar.data import load_data
 from conftest import ROOT, run_ranks
 from PIL import Image
@@ -241,29 +241,24 @@ def test_the_auc_is_over_all_classes(images, tmp_path, monkeypatch):
     assert len(seen[0]) == 4 and len(set(chosen)) > 1
 
 
-@pytest.mark.parametrize("name, splits", [("cifar10", ["train", "test"]), ("cifar100", ["train", "test"]),
-                                          ("stl10", ["train", "test", "unlabeled"])])
-def test_torchvision_data_sets(name, splits, monkeypatch, tmp_path):
-    """The splits each data set is made of, by a stand-in for torchvision's class."""
-    side = 96 if name == "stl10" else 32
-
+@pytest.mark.parametrize("name, side, unlabelled", [
+    ("cifar10", 32, []), ("cifar100", 32, []), ("stl10", 96, [100, 101])])
+def test_torchvision_data_sets(name, side, unlabelled, monkeypatch, tmp_path):
     class Standin:
-        classes = ["cat", "dog"]
+        """Two images, whose grey tells their split."""
+        classes, targets = ["cat", "dog"], [0, 1]
 
         def __init__(self, root, split, download=False):
-            self.grey = splits.index({True: "train", False: "test"}.get(split, split)) * 50
-            self.targets = [index % 2 for index in range(3 + self.grey // 50)]
+            self.grey = {True: 0, "train": 0, False: 50, "test": 50, "unlabeled": 100}[split]
 
         def __getitem__(self, index):
-            return Image.new("RGB", (side, side), 3 * (self.grey + index,)), index % 2
+            return Image.new("RGB", (side, side), 3 * (self.grey + index,)), index
 
     monkeypatch.setattr(data.tv, name.upper(), Standin)
     loaded = load_data(name, tmp_path)
-    assert loaded.bank.shape == (3, 3, side, side) and loaded.bank[:, 0, 0, 0].tolist() == [0, 1, 2]
-    assert loaded.test[:, 0, 0, 0].tolist() == [50, 51, 52, 53]
-    assert loaded.bank_labels.tolist() == [0, 1, 0] and loaded.test_labels.tolist() == [0, 1, 0, 1]
-    unlabelled = [100, 101, 102, 103, 104] if name == "stl10" else []
-    assert loaded.train[:, 0, 0, 0].tolist() == unlabelled + [0, 1, 2]
+    greys = [part[:, 0, 0, 0].tolist() for part in (loaded.train, loaded.bank, loaded.test)]
+    assert greys == [[*unlabelled, 0, 1], [0, 1], [50, 51]] and loaded.test.shape == (2, 3, side, side)
+    assert loaded.bank_labels.tolist() == loaded.test_labels.tolist() == [0, 1]
 
 
 def test_images_are_decoded_whole_and_in_order(images):
@@ -274,6 +269,23 @@ def test_images_are_decoded_whole_and_in_order(images):
     assert dark.max() < middle.min() and middle.max() < light.min()
     same = np.array(Image.open(images / "train" / "dog" / "3.png"))[:, 4:36]  # 32 high, 40 wide: the middle
     assert torch.equal(loaded.bank[9], torch.from_numpy(same).permute(2, 0, 1))
+
+
+def test_curves_of_several_runs(uninterrupted, tmp_path, monkeypatch):
+    records = '{"epoch": 0, "step": 1, "train_loss": 8}\n{"epoch": 0, "train_loss": 9, "knn_acc@1": 7}'  # main.py's
+    (other := tmp_path / "log.txt").write_text(records)
+    log = uninterrupted[0] / "log.txt"
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    curves.main([str(log), str(other), "--output", str(tmp_path / "curves.pdf")])
+    assert (tmp_path / "curves.pdf").read_bytes()[:4] == b"%PDF"
+    drawn = {axis.get_title(): [line.get_xydata().tolist() for line in axis.lines] for axis in plt.gcf().axes}
+    assert drawn.keys() == curves.PANELS.keys() and [[1, 9]] in drawn["training loss"]
+    (_, untrained), *accuracy = [[r["epoch"] + 1, r["test_acc@1"]] for r in utils.read_records(log)]
+    for line in (accuracy, [[1, 7]], [[0, untrained], [1, untrained]]):  # the last crosses the whole axis
+        assert line in drawn["k-NN accuracy (%)"]
+    for wrong in ([str(tmp_path / "curves.pdf")], [str(log), "--output", "curves.doc"]):
+        with pytest.raises(utils.UserError):
+            curves.main(wrong)
 
 
 # --------------------------------------------------------------------------------------------------- mistakes
