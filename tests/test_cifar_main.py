@@ -272,8 +272,8 @@ def test_images_are_decoded_whole_and_in_order(images):
 
 
 def test_curves_of_several_runs(uninterrupted, tmp_path, monkeypatch):
-    records = '{"epoch": 0, "step": 1, "train_loss": 8}\n{"epoch": 0, "train_loss": 9, "knn_acc@1": 7}'  # main.py's
-    (other := tmp_path / "log.txt").write_text(records)
+    of_main = '{"epoch": 0, "step": 1, "train_loss": 8}\n{"epoch": 0, "train_loss": 9, "knn_acc@1": 7}'
+    (other := tmp_path / "log.txt").write_text(of_main)
     log = uninterrupted[0] / "log.txt"
     monkeypatch.setattr(plt, "close", lambda figure: None)
     curves.main([str(log), str(other), "--output", str(tmp_path / "curves.pdf")])
