@@ -2,8 +2,8 @@
 
     train, test = build_splits("cifar10", root, transform)             # LabelledImages: (image, label)
 
-A data set of your own: one line in DATASETS. Its value is called as make(root, split, download=bool) and returns
-anything that is read by index as (PIL image, label), with `targets`, all labels, and perhaps `classes`, names.
+A data set of your own: one line in DATASETS. Its value is called as make(root, split, download=bool), and
+returns what is read by index as (PIL image, label), with `targets`, all labels, and perhaps `classes`, names.
 """
 import os
 import struct
@@ -34,7 +34,7 @@ DATASETS = {
     "aircraft": lambda root, split, **more: tv.FGVCAircraft(root, TRAINVAL[split], **more),
     # without an official split: by a fixed seed, 30 images of each class or 80 % of each are for training
     "caltech101": lambda root, split, **more: _chosen(tv.Caltech101(root, **more), split, lambda n: 30),
-    "eurosat": lambda root, split, **more: _chosen(tv.EuroSAT(root, **more), split, lambda n: (n * 0.8).round()),
+    "eurosat": lambda root, split, **more: _chosen(tv.EuroSAT(root, **more), split, lambda n: n * 4 // 5),
 }
 TRAINVAL = {"train": "trainval", "test": "test"}
 BACKGROUND = "white"  # shown through transparent pixels
@@ -49,7 +49,7 @@ class LabelledImages(torch.utils.data.Dataset):
     """
 
     def __init__(self, source, classes, targets, transform=None, indices=None):
-        self.source, self.classes, self.transform = source, classes, transform
+        self.source, self.classes, self.source_targets, self.transform = source, classes, targets, transform
         self.indices = range(len(targets)) if indices is None else indices
         self.targets = [int(targets[index]) for index in self.indices]
 
@@ -65,7 +65,7 @@ class LabelledImages(torch.utils.data.Dataset):
 
     def subset(self, indices, transform=None) -> "LabelledImages":
         """The images at `indices`, with another transform."""
-        return LabelledImages(self.source, self.classes, self.targets, transform,
+        return LabelledImages(self.source, self.classes, self.source_targets, transform,
                               [self.indices[index] for index in indices])
 
 
@@ -117,14 +117,15 @@ def build_dataset(name: str, root: Path | None, split: str, transform=None, down
         if name == "folder":
             raise
         advice = f"unpack its files in {root} by hand" if download else "add --download to fetch it"
-        raise UserError(f"cannot {'download' if download else 'read'} {name} in {root}: {utils.reason(error)}; "
-                        f"{advice}, or give class folders with --dataset folder --data_path DIR") from error
+        verb = "download" if download else "read"
+        raise UserError(f"cannot {verb} {name} in {root}: {utils.reason(error)}; {advice}, or "
+                        "give class folders with --dataset folder --data_path DIR") from error
     classes = getattr(source, "classes", None) or getattr(source, "categories", None)
     return LabelledImages(source, list(classes) if classes else None, _targets(source), transform,
                           getattr(source, "indices", None))
 
 
-def build_splits(name: str, root: Path | None, transform=None, download: bool = False):
+def build_splits(name: str, root: Path | None, transform=None, download=False):
     """`build_dataset` of train and test. UserError also if their classes differ."""
     train, test = (build_dataset(name, root, split, transform, download) for split in ("train", "test"))
     if train.classes != test.classes:
@@ -136,19 +137,20 @@ def build_splits(name: str, root: Path | None, transform=None, download: bool = 
 def split_folder(root: Path | None, split: str) -> Path:
     """The folder of a split's class folders below `root`: train, or test or val. UserError if none."""
     if root is None:
-        raise UserError("--data_path is missing; name a folder with train/ and test/ (or val/), or a --dataset")
+        raise UserError("--data_path is missing; name a folder with train/ and test/ (or val/), or --dataset")
     names = ("test", "val") if split == "test" else (split,)
     folders = [root / name for name in names if (root / name).is_dir()]
     if not folders:
-        raise UserError(f"no folder {' or '.join(str(root / name) for name in names)}; --data_path needs train/ "
-                        "and test/ (or val/), each with a folder of images for each class")
+        missing = " or ".join(str(root / name) for name in names)
+        raise UserError(f"no folder {missing}; --data_path needs train/ and test/ (or val/), each with a "
+                        "folder of images for each class")
     # ImageNet's test/ has no labels, its val/ is what everyone tests on
-    return next((folder for folder in folders if any(map(os.DirEntry.is_dir, os.scandir(folder)))), folders[0])
+    return next((place for place in folders if any(e.is_dir() for e in os.scandir(place))), folders[0])
 
 
 def image_files(folder: Path, others: set[str] = frozenset()) -> list[str]:
-    """All image files below `folder`, relative to it, sorted. Links are followed, but every real folder is read
-    once; parents of `folder` and those in `others` (real paths) are left out, and names that begin with a dot.
+    """All image files below `folder`, relative to it, sorted. Links are followed, but every real folder is
+    read once; parents of `folder`, `others` (real paths) and names that begin with a dot are left out.
     UserError if there are none; OSError for a folder that cannot be listed."""
     def refuse(error):
         raise error
@@ -185,7 +187,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """An RGB image of 8 bits: upright by its EXIF tag, 16-bit grey scaled, transparency on BACKGROUND.
     ValueError for 32-bit integers and floats, whose range is unknown."""
     image.load()
-    with suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):  # of garbage in the place of EXIF
+    with suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):  # garbage for EXIF
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16") or image.mode == "I" and image.format == "PNG":
         image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")  # 65535 = 257 * 255
@@ -198,8 +200,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def eval_transform(image_size: int, mean, std):
-    """PIL image -> normalised [3, image_size, image_size]: bicubic resize of the shorter side and centre crop. It
-    takes 7/8 of that side (224 of 256, as usual for ImageNet), of at most 96 pixels all."""
+    """PIL image -> normalised [3, S, S], S = image_size: bicubic resize of the shorter side to 8/7 S (256 for
+    224, as usual for ImageNet; S itself up to 96) and centre crop."""
     resized = round(image_size * 8 / 7) if image_size > 96 else image_size
     return transforms.Compose([
         transforms.Resize(resized, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(image_size),
@@ -209,7 +211,7 @@ def eval_transform(image_size: int, mean, std):
 def split_by_class(labels: torch.Tensor, take, generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of a random choice out of every class, and of all others, both class by class.
 
-    labels: [N] in [0, C), on the CPU. take: images per class [C] (float64) -> how many to choose, number or [C].
+    labels: [N] in [0, C), on the CPU. take: images per class [C] (float64) -> how many to choose [C] or ().
     """
     counts = labels.bincount()
     order = torch.randperm(len(labels), generator=generator)
@@ -237,7 +239,7 @@ def _chosen(source, split, take):
 def _targets(source) -> list[int]:
     name = next((name for name in ("targets", "labels", "_labels", "y") if hasattr(source, name)), None)
     if name is None:
-        raise UserError(f"{type(source).__name__} has no list of its labels; use class folders, --dataset folder")
+        raise UserError(f"{type(source).__name__} has no list of its labels; use class folders")
     return [int(label) for label in getattr(source, name)]
 
 
@@ -246,18 +248,13 @@ def _hugging_face(name: str, root, split: str, download: bool):
     if not download:
         raise ConnectionError("it comes over the network or from its library's cache")
     from timm.data import create_dataset
-    for part in ("train",) if split == "train" else ("test", "validation"):  # sets name it either way
-        try:
-            rows = create_dataset(name, root=root and str(root), split=part, download=True).reader.dataset
-            break
-        except ValueError as error:
-            missing = error
-    else:
-        raise missing
-    names = rows.features["label"].names
+    try:
+        rows = create_dataset(name, root and str(root), split, download=True).reader.dataset
+    except ValueError:  # sets without a test split have this one
+        rows = create_dataset(name, root and str(root), "validation", download=True).reader.dataset
 
     class Rows:
-        classes, targets = names, rows["label"]
+        classes, targets = rows.features["label"].names, rows["label"]
 
         def __getitem__(self, index):
             return rows[index]["image"], rows[index]["label"]

@@ -1,0 +1,268 @@
+"""Class folders, labelled sets by name, and the reader of image files, on what people's data look like."""
+import os
+from types import SimpleNamespace
+
+import data
+import numpy as np
+import pytest
+import timm.data
+import torch
+import utils
+from conftest import write_noise
+from PIL import Image
+
+NOISE = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+
+
+def saved(image, path, **options):
+    image.save(path, **options)
+    return np.asarray(data.load_image(path))
+
+
+# ------------------------------------------------------------------------------------------------ image files
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_grey_keeps_its_levels(tmp_path, suffix):
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    levels = saved(Image.fromarray(values), tmp_path / f"x.{suffix}")
+    np.testing.assert_array_equal(levels, np.rint(values / 257)[..., None].repeat(3, 2))  # nearest of 8 bits
+    wide = Image.fromarray(values.astype(np.int32))
+    wide.format = "PNG"  # mode I, as some versions of Pillow read it
+    np.testing.assert_array_equal(np.asarray(data.to_rgb(wide)), levels)
+
+
+@pytest.mark.parametrize("kind, mode", [(np.int32, "I"), (np.float32, "F")])
+def test_numbers_without_a_known_range_are_refused(tmp_path, kind, mode):
+    Image.fromarray(np.ones((4, 4), dtype=kind)).save(tmp_path / "x.tif")
+    with pytest.raises(utils.UserError, match=rf"{tmp_path}/x.tif: mode {mode} .*convert it to 8 or 16 bits"):
+        data.load_image(tmp_path / "x.tif")
+
+
+def test_images_are_turned_upright(tmp_path):
+    # EXIF: where the file's first row and first column are in the upright image
+    sides = ["top left", "top right", "bottom right", "bottom left", "left top", "right top", "right bottom",
+             "left bottom"]
+    for tag, side in enumerate(sides, 1):
+        turned = NOISE[::-1 if "bottom" in side else 1, ::-1 if "right" in side else 1]
+        turned = turned if tag < 5 else turned.swapaxes(0, 1)
+        exif = Image.Exif()
+        exif[0x0112] = tag
+        np.testing.assert_array_equal(saved(Image.fromarray(turned), tmp_path / "x.png", exif=exif), NOISE, side)
+    plain = saved(Image.fromarray(NOISE), tmp_path / "x.jpg")
+    for garbage in (b"garbage", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x09\x01"):
+        image = saved(Image.fromarray(NOISE), tmp_path / "x.jpg", exif=b"Exif\0\0" + garbage)
+        np.testing.assert_array_equal(image, plain)
+
+
+def test_hidden_colours_do_not_show(tmp_path):
+    shape = NOISE.shape[:2]
+    alpha = np.where(np.arange(40) < 20, 0, 255).astype(np.uint8) * np.ones(shape, np.uint8)
+    for mode, colour in (("RGB", NOISE), ("L", NOISE[..., 0])):
+        image = Image.fromarray(colour)
+        image.putalpha(Image.fromarray(alpha))
+        levels, opaque = saved(image, tmp_path / f"{mode}.png"), Image.fromarray(colour).convert("RGB")
+        assert (levels[:, :20] == 255).all()
+        np.testing.assert_array_equal(levels[:, 20:], np.asarray(opaque)[:, 20:])
+    half = Image.new("RGBA", (1, 1), (0, 0, 0, 51))
+    assert (saved(half, tmp_path / "half.png") == 204).all()  # 20 % of black on white
+    palette = Image.fromarray(alpha // 255)
+    palette.putpalette([9, 9, 9, 70, 80, 90])
+    for name, tRNS in (("P", 0), ("P2", b"\0\xff")):
+        levels = saved(palette, tmp_path / f"{name}.png", transparency=tRNS)
+        assert (levels[:, :20] == 255).all() and (levels[:, 20:] == [70, 80, 90]).all()
+
+
+def test_files_that_cannot_be_decoded(tmp_path, monkeypatch):
+    Image.fromarray(NOISE).save(tmp_path / "x.jpg", quality=95)
+    whole = (tmp_path / "x.jpg").read_bytes()
+    for content in (whole[:len(whole) // 2], b"no image", b""):
+        (tmp_path / "x.jpg").write_bytes(content)
+        with pytest.raises(utils.UserError, match=f"cannot decode image {tmp_path}/x.jpg: .*replace"):
+            data.load_image(tmp_path / "x.jpg")
+    os.mkfifo(tmp_path / "fifo.jpg")
+    for name in ("fifo.jpg", "gone.jpg"):
+        with pytest.raises(utils.UserError, match=f"{name} is missing or no regular file"):
+            data.load_image(tmp_path / name)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    Image.fromarray(NOISE).save(tmp_path / "bomb.png")
+    with pytest.raises(utils.UserError, match="bomb.png: .*decompression bomb"):
+        data.load_image(tmp_path / "bomb.png")
+
+
+def test_eval_transform():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    for size, side in ((224, 256), (96, 96)):
+        ours = data.eval_transform(size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))(image)
+        width = side * 400 // 300
+        left, top = round((width - size) / 2), round((side - size) / 2)
+        plain = image.resize((width, side), Image.BICUBIC).crop((left, top, left + size, top + size))
+        reference = (np.asarray(plain, dtype=np.float64) / 255 - 0.5) / 0.25
+        np.testing.assert_allclose(ours.numpy(), reference.transpose(2, 0, 1), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- class folders
+
+def test_links_and_hidden_names(tmp_path, images):
+    root = tmp_path / "linked"  # as people make ImageNet-100
+    for split, name in (("train", "cat"), ("train", "dog"), ("test", "cat"), ("test", "dog")):
+        (root / split).mkdir(parents=True, exist_ok=True)
+        (root / split / name).symlink_to(images / {"test": "val"}.get(split, split) / name)
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    train, test = data.build_splits("folder", root)
+    assert (train.targets, test.classes) == ([0] * 6 + [1] * 7, ["cat", "dog"])
+
+    root = write_noise(tmp_path / "loops", {"train": 2, "val": 1})
+    folder = root / "train" / "dark"
+    files = ["0.png", "1.png"]
+    for place, target in (("up", ".."), ("root", root), ("itself", "."), ("other", "../light")):
+        (folder / place).symlink_to(target)
+    (folder / ".hidden").mkdir()
+    for name in (".hidden/2.png", "._0.png"):
+        (folder / name).write_bytes(b"")
+    assert data.build_dataset("folder", root, "train").targets == [0, 0, 1, 1]
+    assert data.image_files(folder) == [*files, "other/0.png", "other/1.png"]
+    (folder / "again").symlink_to(root / "val" / "dark")
+    (folder / "twice").symlink_to(root / "val" / "dark")
+    assert data.image_files(folder) == ["0.png", "1.png", "again/0.png", "other/0.png", "other/1.png"]
+
+
+def test_a_file_name_that_is_no_text(tmp_path):
+    (tmp_path / "cat").mkdir()
+    Image.fromarray(NOISE).save(os.path.join(os.fsencode(tmp_path), b"cat", b"\xff.png"))
+    folders = data.ClassFolders(tmp_path)
+    np.testing.assert_array_equal(np.asarray(folders[0][0]), NOISE)
+
+
+def test_folders_that_cannot_be_used(tmp_path, images, monkeypatch):
+    for what, root in (("--data_path is missing", None), ("no folder .*/nowhere/train", tmp_path / "nowhere"),
+                       ("no folder .*/train/train", images / "train")):
+        with pytest.raises(utils.UserError, match=what):
+            data.build_dataset("folder", root, "train")
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(utils.UserError, match=f"no images in {tmp_path}/train/cat"):
+        data.build_dataset("folder", tmp_path, "train")
+    with pytest.raises(utils.UserError, match=f"{tmp_path}/train/cat holds no class folders"):
+        data.ClassFolders(tmp_path / "train" / "cat")
+    for split, name in (("train", "cat"), ("val", "dog")):
+        (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(NOISE).save(tmp_path / split / name / "x.png")
+    with pytest.raises(utils.UserError, match="different classes: cat, dog in one"):
+        data.build_splits("folder", tmp_path)
+    scan = os.scandir
+
+    def scandir(place):
+        if str(place).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scan(place)
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError) as error:
+        data.build_dataset("folder", tmp_path, "test")
+    assert utils.reason(error.value) == f"Permission denied: {tmp_path}/val/dog"
+
+
+def test_imagenet_with_a_test_folder_without_classes(images, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).symlink_to(images / split)
+    (tmp_path / "test").mkdir()
+    test = data.build_dataset("folder", tmp_path, "test", lambda image: image.mode)
+    assert len(test) == 11 and test[10] == ("RGB", 2)
+    part = test.subset([0, 10], lambda image: image.size)
+    assert part.targets == [0, 2] and part[1][0][0] == 40 and part.subset([1])[0][1] == 2
+
+
+# ----------------------------------------------------------------------------------------------- sets by name
+
+class Standin:
+    """A data set of torchvision with 50 images of one class and 53 of another."""
+    classes, y = ["cat", "dog"], [0] * 50 + [1] * 53
+
+    def __init__(self, root, split="", download=False):
+        self.split, self.download = split, download
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, index):
+        return Image.new("L", (8, 8), index), self.y[index]
+
+
+def everything(split):
+    return [split[index] for index in range(len(split))]
+
+
+@pytest.mark.parametrize("name, constructor, train", [("caltech101", "Caltech101", [30, 30]),
+                                                      ("eurosat", "EuroSAT", [40, 42])])
+def test_sets_without_an_official_split_are_split_by_class(name, constructor, train, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.tv, constructor, Standin)
+    splits = data.build_splits(name, tmp_path)
+    values = [[(image.getpixel((0, 0))[0], label) for image, label in everything(split)]
+              for split in splits]
+    assert [splits[0].targets.count(label) for label in (0, 1)] == train
+    assert sorted(value for value, _ in values[0] + values[1]) == list(range(103))  # all, none twice
+    assert all(label == (value >= 50) for part in values for value, label in part)
+    assert data.build_dataset(name, tmp_path, "train").indices == splits[0].indices
+
+
+@pytest.mark.parametrize("name, constructor, asked", [
+    ("flowers102", "Flowers102", ["train", "val", "test"]), ("dtd", "DTD", ["train", "val", "test"]),
+    ("pets", "OxfordIIITPet", ["trainval", "test"]), ("aircraft", "FGVCAircraft", ["trainval", "test"]),
+    ("food101", "Food101", ["train", "test"]), ("svhn", "SVHN", ["train", "test"]),
+    ("stl10", "STL10", ["train", "test"]), ("cifar10", "CIFAR10", [True, False]),
+    ("cifar100", "CIFAR100", [True, False])])
+def test_training_includes_official_validation_sets(name, constructor, asked, tmp_path, monkeypatch):
+    made = []
+
+    def make(root, split, download):
+        made.append(Standin(root, split, download))
+        return made[-1]
+    monkeypatch.setattr(data.tv, constructor, make)
+    train, test = data.build_splits(name, tmp_path, download=True)
+    assert [part.split for part in made] == asked and all(part.download for part in made)
+    assert len(train) == 103 * (len(asked) - 1) == len(train.targets) and len(test) == 103
+    assert train[len(train) - 1][1] == 1 and train[0][0].mode == "RGB" and train.classes == ["cat", "dog"]
+
+
+def test_a_random_choice_out_of_every_class():
+    labels = torch.tensor([2, 0, 0, 2, 2, 0, 2])  # class 1 has no images
+
+    def choose(take, seed):
+        chosen, others = data.split_by_class(labels, take, torch.Generator().manual_seed(seed))
+        assert sorted(chosen.tolist() + others.tolist()) == list(range(7))
+        return chosen
+    assert labels[choose(lambda n: (0.5 * n).round(), 0)].tolist() == [0, 0, 2, 2]
+    pairs = {tuple(sorted(choose(lambda n: 1, seed).tolist())) for seed in range(200)}
+    assert len(pairs) == 3 * 4  # every one is possible
+
+
+def test_sets_that_cannot_be_read(tmp_path, monkeypatch):
+    with pytest.raises(utils.UserError, match="unknown data set 'cifar'; choose from folder, .*hfds"):
+        data.build_dataset("cifar", tmp_path, "train")
+    with pytest.raises(utils.UserError, match=f"cannot read cifar10 in {tmp_path}: .*add --download"):
+        data.build_dataset("cifar10", tmp_path, "train")
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(utils.UserError, match="cannot download cifar10 .*by hand, or give .*folder"):
+        data.build_dataset("cifar10", tmp_path, "train", download=True)
+    with pytest.raises(utils.UserError, match="cannot read hfds/x in None: it comes over .*add --download"):
+        data.build_dataset("hfds/x", None, "train")
+    monkeypatch.setattr(data.tv, "CIFAR10", lambda *args, **more: [(Image.new("L", (8, 8)), 0)])
+    with pytest.raises(utils.UserError, match="has no list of its labels"):
+        data.build_dataset("cifar10", tmp_path, "train")
+
+
+def test_sets_of_the_hugging_face_hub(monkeypatch):
+    class Rows(list):
+        features = {"label": SimpleNamespace(names=["cat", "dog"])}
+
+        def __getitem__(self, key):
+            return [row["label"] for row in self] if key == "label" else super().__getitem__(key)
+
+    def create(name, root, split, download):
+        if split == "test":
+            raise ValueError("Unknown split")
+        values = (3, 4, 5)[split == "validation":]
+        rows = Rows({"image": Image.new("L", (8, 8), value), "label": value % 2} for value in values)
+        return SimpleNamespace(reader=SimpleNamespace(dataset=rows))
+    monkeypatch.setattr(timm.data, "create_dataset", create)
+    train, test = data.build_splits("hfds/x", None, lambda image: image.getpixel((0, 0)), download=True)
+    assert (train.classes, train.targets, test.targets) == (["cat", "dog"], [1, 0, 1], [0, 1])
+    assert everything(train) == [((3,) * 3, 1), ((4,) * 3, 0), ((5,) * 3, 1)]
