@@ -111,7 +111,7 @@ def teacher_student_moments(teacher: Tensor, student: Tensor, gather: bool = Tru
     own = torch.stack([positives.sum(), positives.square().sum()])
 
     if (images := _images_for_cosines(teacher[0], u * v / (u + v), gather, gram)) is None:
-        views = [[x] for x in student[:u]] + [student[u:].unbind()] * (v > u)  # last: those that the teacher lacks
+        views = [[x] for x in student[:u]] + [student[u:].unbind()] * (v > u)  # last: the student's alone
         sums, grams = map(torch.stack, zip(*(_Sums.apply(*x) for x in views)))  # [U + 1, D], [U + 1, D, D]
         count, own, t_sums, t_grams, s_sums, s_grams = _sum_over_ranks(
             n, own, teacher.sum(1), teacher.mT @ teacher, sums, grams, gather=gather)
@@ -321,7 +321,7 @@ class AUCCLLoss(nn.Module):
             the gradients of a, b, alpha over ranks.
 
     With nu and kappa independent of the batch, minibatch gradients are unbiased estimates of the population's
-    at any batch size: pair means are U-statistics. (Batch norm in training mode breaks this, as for any loss.)
+    at any batch size: pair means are U-statistics. (Batch norm in training mode breaks this, as ever.)
     Embeddings are normalised inside; moments are float32 at least, also under autocast. ValueError for fewer
     than two images, mismatched shapes and non-floating input.
     """
@@ -419,7 +419,7 @@ class AUCCLLoss(nn.Module):
         if abs(value) > bound:
             self._warned = True
             warnings.warn(f"alpha = {value:.3g} is out of its range, +-{bound:.3g}: alpha ascends by itself "
-                          "through a reversed gradient, and maximize=True or a sign flip makes it descend; or "
+                          "through a reversed gradient; maximize=True or a sign flip makes it descend. Or "
                           "the learning rate is too large", stacklevel=2)
 
 
