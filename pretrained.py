@@ -177,21 +177,22 @@ def _load_strictly(backbone, weights, path):
     """Copies the weights. UserError if names or shapes differ; a classifier is left out, with a note."""
     own = backbone.state_dict()
     layers = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
-    layers = ("head", "fc", *([layers] if isinstance(layers, str) else layers))
-    left_out = [key for key in weights.keys() - own.keys() if key.startswith(tuple(f"{x}." for x in layers))]
+    layers = tuple(f"{x}." for x in ("head", "fc", *([layers] if isinstance(layers, str) else layers)))
+    unknown = [key for key in weights if key not in own]
+    left_out = [key for key in unknown if key.startswith(layers)]
     differing = {
-        "missing": [key for key in own.keys() - weights.keys() if not key.endswith("num_batches_tracked")],
-        "unexpected": weights.keys() - own.keys() - set(left_out),
-        "of other shapes": [f"{key} {list(weights[key].shape)}, not {list(own[key].shape)}"
-                            for key in own.keys() & weights.keys() if weights[key].shape != own[key].shape]}
+        "missing": [key for key in own if key not in weights and not key.endswith("num_batches_tracked")],
+        "unexpected": [key for key in unknown if key not in left_out],
+        "of other shapes": [f"{key} {list(weights[key].shape)}, not {list(own[key].shape)}" for key in own
+                            if key in weights and weights[key].shape != own[key].shape]}
     if any(differing.values()):
-        text = "; ".join(f"{len(keys)} {kind}: {', '.join(sorted(keys)[:NAMED_KEYS])}"
+        text = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:NAMED_KEYS])}"
                          f"{', ...' if len(keys) > NAMED_KEYS else ''}"
                          for kind, keys in differing.items() if keys)
         raise UserError(f"the weights in {path} do not fit the backbone, {text}. Check --arch and "
                         "--checkpoint_key")
     if left_out and distributed.rank() == 0:
-        print(f"note: the classifier in {path} is not used: {', '.join(sorted(left_out))}", flush=True)
+        print(f"note: the classifier in {path} is not used: {', '.join(left_out)}", flush=True)
     backbone.load_state_dict(weights, strict=False)
 
 

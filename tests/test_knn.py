@@ -40,7 +40,7 @@ def test_equals_brute_force_in_chunks_of_any_size(size, num_classes, queries, nu
     monkeypatch.setattr(eval_knn, "QUERIES", queries)
     monkeypatch.setattr(eval_knn, "NUMBERS", numbers)
     problem = *clusters(size, num_classes, seed=1), *clusters(20, num_classes, seed=2)
-    ks, temperatures = (200, 1, 5, 20, 5), (0.07, 0.5, 0.002)          # in no order, 200 above two of the sizes
+    ks, temperatures = (200, 1, 5, 20, 5), (0.07, 0.5, 0.002)    # 200 is above two of the sizes
     found = knn_sweep(*problem, ks, temperatures, num_classes)
     assert list(found) == [(k, t) for k in (200, 1, 5, 20) for t in temperatures]
     for (k, temperature), accuracy in found.items():
@@ -72,7 +72,8 @@ def test_features_of_any_dtype_and_scale(dtype, scale):
 def test_accuracy_in_percent():
     bank, labels = torch.eye(8), torch.arange(8)
     queries = torch.tensor([[8.0, 7, 6, 5, 4, 3, 2, 1]]).repeat(4, 1)  # classes 0 to 4 come first
-    assert knn_accuracy(bank, labels, queries, torch.tensor([0, 1, 4, 5]), (8, 1)) == {8: (25, 75), 1: (25, 25)}
+    assert knn_accuracy(bank, labels, queries, torch.tensor([0, 1, 4, 5]), (8, 1)) == {
+        8: (25, 75), 1: (25, 25)}
     assert knn_accuracy(bank, labels, queries, torch.tensor([0, 0, 0, 99]), (8,)) == {8: (75, 75)}
     assert knn_accuracy(bank[:3], labels[:3], queries, torch.tensor([0, 2, 3, 4]), (8,)) == {8: (25, 50)}
 
@@ -123,7 +124,8 @@ def test_neither_autocast_nor_tf32_reach_the_product_and_both_are_restored(monke
     assert all(torch.equal(one, other) for one, other in zip(exact, found))
 
 
-GOOD = dict(bank=torch.eye(6), bank_labels=torch.arange(6), queries=torch.eye(6), query_labels=torch.arange(6))
+GOOD = dict(bank=torch.eye(6), bank_labels=torch.arange(6), queries=torch.eye(6),
+            query_labels=torch.arange(6))
 
 
 @pytest.mark.parametrize("bad, message", [
