@@ -327,6 +327,7 @@ class SimCLRAugmentation(torch.nn.Module):
         return boxes, flip, draw(self.operations, [0], len(images), self.size, generator)
 
     def apply(self, images, boxes, flip, drawn):
+        """The view that `draw` drew."""
         geometry = torch.cat((boxes, flip[:, None]), 1).to(images.device, non_blocking=True)
         crops = crop_resize(images, geometry[:, :4], self.size, geometry[:, 4] > 0)
         return apply(self.operations, drawn, crops)
@@ -477,4 +478,5 @@ def _check_strengths(strengths):
 def _check_images(name, images, shape):
     sizes = images.shape[:1] + images.shape[-2:]
     if images.dtype != torch.uint8 or images.ndim != len(shape) or images.shape[-3] != 3 or 0 in sizes:
-        raise ValueError(f"{name} must be non-empty uint8 [{', '.join(shape)}], got {images.dtype} {[*images.shape]}")
+        raise ValueError(f"{name} must be non-empty uint8 [{', '.join(shape)}], "
+                         f"got {images.dtype} {list(images.shape)}")

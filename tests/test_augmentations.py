@@ -1,7 +1,7 @@
-"""SimCLR's augmentation and multi-crop against torchvision, PIL and timm: operations, distributions, whole views,
-and what a seed decides."""
+"""SimCLR's augmentation and multi-crop against torchvision, PIL and timm, and what a seed decides."""
 import math
 import random
+import re
 from itertools import permutations
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 import torchvision.transforms.functional as reference
 from PIL import Image, ImageFilter, ImageOps
 from timm.data.auto_augment import rand_augment_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
@@ -21,7 +22,7 @@ STEP = 1 / 255        # of 8 bits
 EXACT = 5e-7          # float arithmetic in another order than torchvision's
 HUE_TOLERANCE = 5e-6  # torchvision's own float error: it divides by the chroma, and multiplies by it again
 BILINEAR, BICUBIC = InterpolationMode.BILINEAR, InterpolationMode.BICUBIC
-ADJUST = reference.adjust_brightness, reference.adjust_contrast, reference.adjust_saturation, reference.adjust_hue
+ADJUST = [getattr(reference, "adjust_" + name) for name in ("brightness", "contrast", "saturation", "hue")]
 RAND_AUGMENT = "rand-n2-m10-mstd0.5"
 SMALL = dict(global_size=32, local_size=16)
 
@@ -79,10 +80,9 @@ def difference(a, b):
 
 def assert_same_distribution(a, b):
     """Two-sample Kolmogorov-Smirnov test; fails once in about a million (and seeds are fixed)."""
-    a, b = np.sort(np.asarray(a, float)), np.sort(np.asarray(b, float))
-    at = np.concatenate((a, b))
-    distance = np.abs(np.searchsorted(a, at, "right") / len(a) - np.searchsorted(b, at, "right") / len(b)).max()
-    assert min(len(a), len(b)) > 1000 and distance < 2.7 * math.sqrt((len(a) + len(b)) / (len(a) * len(b)))
+    na, nb, at = len(a), len(b), np.concatenate((a, b))
+    a, b = (np.searchsorted(np.sort(x), at, "right") / len(x) for x in (a, b))
+    assert np.abs(a - b).max() < 2.7 * math.sqrt(len(at) / (na * nb))
 
 
 def assert_uniform(values, low, high):
@@ -101,7 +101,7 @@ def assert_frequency(events, p):
     assert abs(events.double().mean().item() - p) <= 5 * math.sqrt(p * (1 - p) / events.numel())
 
 
-# ------------------------------------------------------------------------------- operations at given parameters
+# ----------------------------------------------------------------------------- operations at given parameters
 
 def jittered(image, order, factors):
     for k in order.tolist():
@@ -114,8 +114,8 @@ def jittered(image, order, factors):
 def test_each_colour_operation_equals_torchvision(operation, low, high):
     images, order = colours(), torch.arange(4).repeat(48, 1)
     factors = torch.tensor([[1.0, 1.0, 1.0, 0.0]]).repeat(48, 1)    # that of the others keeps the image
-    factors[:, operation] = torch.linspace(low, high, 48)[torch.randperm(48, generator=generator())]
-    expected = torch.stack([ADJUST[operation](image, f.item()) for image, f in zip(images, factors[:, operation])])
+    factors[:, operation] = factor = torch.linspace(low, high, 48)[torch.randperm(48, generator=generator())]
+    expected = torch.stack([ADJUST[operation](image, f.item()) for image, f in zip(images, factor)])
     result = ours.jitter(images.clone(), order, factors)
     assert difference(result, expected) < HUE_TOLERANCE and result.min() >= 0 and result.max() <= 1
 
@@ -131,7 +131,8 @@ def test_hue_of_every_corner_and_edge_of_the_colour_cube(factor):
 def test_jitter_in_each_of_the_24_orders_equals_torchvision():
     orders = torch.tensor(sorted(permutations(range(4)), key=lambda order: order.index(ours.HUE)))
     images = colours(len(orders))
-    factors = torch.rand(24, 4, generator=generator()) * torch.tensor([1.6, 1.6, 1.6, 1]) - torch.tensor([0, 0, 0, 0.5])
+    factors = torch.rand(24, 4, generator=generator()) * torch.tensor([1.6, 1.6, 1.6, 1])
+    factors[:, 3] -= 0.5
     expected = [jittered(*row) for row in zip(images, orders, factors)]
     # Contrast and saturation up to 1.6 multiply the error of the hue.
     assert difference(ours.jitter(images.clone(), orders, factors), torch.stack(expected)) < 2 * HUE_TOLERANCE
@@ -150,9 +151,10 @@ def test_grayscale_and_normalize_equal_torchvision():
     for given in (uint8, uint8 / 255):
         assert difference(ours.normalize(given, ours.CIFAR_MEAN, ours.CIFAR_STD), expected) < 2e-6
     assert torch.equal(uint8, before)
+    assert (ours.IMAGENET_MEAN, ours.IMAGENET_STD) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
-@pytest.mark.parametrize("height, width, size, box", [  # enlarged, same, reduced, both, single pixels, borders
+@pytest.mark.parametrize("height, width, size, box", [  # enlarged, reduced, both, single pixels, borders
     (32, 32, 32, (0, 0, 32, 32)), (32, 32, 32, (5, 9, 20, 17)), (32, 32, 32, (31, 31, 1, 1)),
     (32, 32, 8, (2, 3, 29, 27)), (40, 56, 16, (7, 11, 33, 9)), (40, 56, 16, (0, 40, 11, 16)),
     (56, 40, 24, (30, 0, 26, 40)), (64, 64, 5, (1, 1, 63, 63))])
@@ -166,8 +168,8 @@ def test_crop_resize_equals_torchvision(height, width, size, box):
     expected[1] = expected[1].flip(2)
     assert difference(result, expected) < 5e-6
     # PIL rounds to 8 bits after either axis: up to a step and a half of them.
-    pil = torch.stack([reference.to_tensor(reference.resized_crop(pil_of(image), *box, [size, size], BILINEAR))
-                       for image in images])
+    pil = [reference.resized_crop(pil_of(image), *box, [size, size], BILINEAR) for image in images]
+    pil = torch.stack([reference.to_tensor(image) for image in pil])
     pil[1] = pil[1].flip(2)
     assert difference(result, pil) < 1.5 * STEP
     assert difference(ours.crop_resize(images.float(), boxes, size, flip), expected * 255) < 255 * 5e-6
@@ -229,7 +231,7 @@ def test_rand_augment_equals_timms_and_has_a_seed_per_crop(monkeypatch):
     assert len(set(seeds)) == 40 and changes > 16
 
 
-# ------------------------------------------------------------------------------------------------ distributions
+# ---------------------------------------------------------------------------------------------- distributions
 
 @pytest.mark.parametrize("height, width, scale, ratio", [
     (32, 32, (0.2, 1.0), (3 / 4, 4 / 3)),
@@ -245,16 +247,20 @@ def test_boxes_are_distributed_as_torchvisions(height, width, scale, ratio):
     assert_same_boxes(boxes, theirs)
 
 
-def test_boxes_of_multi_crop_are_distributed_as_torchvisions(monkeypatch):
+def test_crops_of_multi_crop_have_torchvisions_distribution(monkeypatch):
     drawn, draw_boxes = [], ours.draw_boxes
     monkeypatch.setattr(ours, "draw_boxes", lambda *args: drawn.append(draw_boxes(*args)) or drawn[-1])
     crop, image = ours.MultiCrop(4, local_size=4, local_number=2), photograph(60, 47)
     for seed in range(600):
-        crop(image, seed)
+        crops = crop(image, seed)
+        views = *crops.global_crops, *crops.local_crops
+        for view, box in zip(views, drawn[-1].int().tolist(), strict=True):
+            assert torch.equal(view, ours.resized_crop(tensor_of(image), box, 4))
     boxes = torch.stack(drawn)                                      # [seeds, 4 crops, 4]
+    pixels = torch.empty(3, 47, 60)
     torch.manual_seed(0)
     for own, scale in ((slice(0, 2), (0.4, 1.0)), (slice(2, 4), (0.05, 0.4))):
-        theirs = [RandomResizedCrop.get_params(torch.empty(3, 47, 60), scale, (3 / 4, 4 / 3)) for _ in range(1500)]
+        theirs = [RandomResizedCrop.get_params(pixels, scale, (3 / 4, 4 / 3)) for _ in range(1500)]
         assert_same_boxes(boxes[:, own].flatten(0, 1), torch.tensor(theirs))
     area = boxes[..., 2:].prod(2).T                                 # [4 crops, seeds]
     correlation = torch.cat((area, area.roll(1, 1))).corrcoef()     # of crops, and of successive seeds
@@ -278,10 +284,11 @@ def test_erasing_is_distributed_as_timms():
         return boxes, views[erased]
 
     random.seed(0), torch.manual_seed(0)
-    timm, blank = RandomErasing(probability=1.0, mode="pixel", device="cpu"), torch.full((1500, 3, 32, 32), 99.0)
+    timm, blank = RandomErasing(1.0, mode="pixel", device="cpu"), torch.full((1500, 3, 32, 32), 99.0)
     theirs, _ = boxes_and_noise(torch.stack([timm(view.clone()) for view in blank]))
-    boxes, noise = boxes_and_noise(ours.erase(blank.clone(), *ours.draw_erased(len(blank), 32, generator())))
+    boxes, noise = boxes_and_noise(ours.erase(blank, *ours.draw_erased(len(blank), 32, generator())))
     assert_same_boxes(boxes, theirs)
+    assert ours.draw_erased(20_000, 32, generator())[0][:, 2:].max() == 31
     assert_same_distribution(noise[::10], torch.randn(100_000))
 
 
@@ -303,6 +310,8 @@ def test_probabilities_of_dinos_views():
         for events, p in zip(chosen.view(5000, 4).T, probabilities):
             assert_frequency(events, p)
     assert_uniform(drawn[3][1][0], 0.3, 1.5)
+    for factor, (low, high) in zip(drawn[1][1][1].T, ((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1))):
+        assert_uniform(factor, low, high)
     chosen = torch.stack([events.view(5000, 4)[:, view] for events, _ in drawn for view in range(4)]).float()
     chosen = chosen[chosen.std(1) > 0]                              # those that are neither always nor never
     assert len(chosen) == 17 and chosen.corrcoef().fill_diagonal_(0).abs().max() < 5 / math.sqrt(5000)
@@ -319,25 +328,29 @@ def test_simclr_draws_its_two_views_independently():
     assert columns.corrcoef().fill_diagonal_(0).abs().max() < 5 / math.sqrt(5000)
 
 
-def test_arguments_set_simclrs_distributions():
-    augment = ours.SimCLRAugmentation(scale=(0.5, 0.6), ratio=(1, 1), strengths=(2.0, 0.1, 0, 0), jitter_p=0,
-                                      grayscale_p=1, flip_p=1)
-    images = torch.empty(1, 3, 100, 100, dtype=torch.uint8).expand(2000, -1, -1, -1)
-    boxes, flip, ((jittered, (_, factors)), (grey, _), _) = augment.draw(images, generator())
-    assert flip.all() and grey.all() and not jittered.any()
-    assert torch.allclose(factors.amin(0), torch.tensor([0, 0.9, 1, 0]), atol=5e-3)
-    assert torch.allclose(factors.amax(0), torch.tensor([3, 1.1, 1, 0]), atol=5e-3)
-    area = boxes[:, 2] * boxes[:, 3] / 10_000
-    assert torch.equal(boxes[:, 2], boxes[:, 3]) and 0.49 < area.min() < 0.51 and 0.59 < area.max() < 0.61
+@pytest.mark.parametrize("arguments, scale, ratio, factors", [
+    ({}, (0.2, 1.0), (3 / 4, 4 / 3), ((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1))),
+    (dict(scale=(0.5, 0.6), ratio=(1, 2), strengths=(2.0, 0.1, 0, 0), jitter_p=0, grayscale_p=1, flip_p=1),
+     (0.5, 0.6), (1, 2), ((0, 0.9, 1, 0), (3, 1.1, 1, 0)))])
+def test_ranges_of_simclrs_parameters(arguments, scale, ratio, factors):
+    images = torch.empty(1, 3, 200, 200, dtype=torch.uint8).expand(4000, -1, -1, -1)
+    augment = ours.SimCLRAugmentation(**arguments)
+    boxes, flip, ((jittered, (_, drawn)), (grey, _), _) = augment.draw(images, generator())
+    assert not arguments or flip.all() and grey.all() and not jittered.any()
+    area, aspect = boxes[:, 2:].prod(1) / 200**2, boxes[:, 3] / boxes[:, 2]
+    for values, expected in ((drawn, factors), (area, scale), (aspect, ratio)):
+        bounds = torch.stack((values.amin(0), values.amax(0)))
+        assert torch.allclose(bounds, torch.tensor(expected).float(), atol=0.03)
 
 
-# -------------------------------------------------------------------------------------------------- whole views
+# ------------------------------------------------------------------------------------------------ whole views
 
 @pytest.mark.parametrize("count, height, width, size", [(100, 32, 32, 32), (7, 48, 40, 20), (1, 32, 32, 32)])
 @pytest.mark.parametrize("pil", [False, True])
 def test_simclrs_views_equal_torchvision_composed_at_the_drawn_parameters(count, height, width, size, pil):
-    augment, images = ours.SimCLRAugmentation(size, mean=(0, 0, 0), std=(1, 1, 1)), bytes_of(count, height, width)
-    before, g = images.clone(), generator(4)
+    augment = ours.SimCLRAugmentation(size)
+    images, g = bytes_of(count, height, width), generator(4)
+    before = images.clone()
     views = augment(images, generator(4), views=3)
     assert len(views) == 3 and torch.equal(images, before)
     for view in views:
@@ -345,26 +358,28 @@ def test_simclrs_views_equal_torchvision_composed_at_the_drawn_parameters(count,
         expected = []
         for row, image in enumerate(images):
             image = pil_of(image) if pil else image / 255
-            image = reference.resized_crop(image, *boxes[row].int().tolist(), [size, size], BILINEAR, antialias=True)
+            box = boxes[row].int().tolist()
+            image = reference.resized_crop(image, *box, [size, size], BILINEAR, antialias=True)
             image = reference.hflip(image) if flip[row] else image
             image = jittered(image, *(field[row] for field in jitter[1])) if jitter[0][row] else image
             image = reference.rgb_to_grayscale(image, 3) if grey[0][row] else image
             expected.append(reference.to_tensor(image) if pil else image)
-        expected = torch.stack(expected)
+        expected = reference.normalize(torch.stack(expected), ours.CIFAR_MEAN, ours.CIFAR_STD)
         assert view.dtype == torch.float32 and view.shape == expected.shape
-        # PIL rounds to 8 bits after every operation, and turns hues in 8 bits.
-        assert (view - expected).abs().mean() < 3 * STEP if pil else difference(view, expected) < 1e-5
+        # 1e-5 in [0, 1], before the division by std. PIL rounds after every operation, and hues to 8 bits.
+        assert (view - expected).abs().mean() < 8 * STEP if pil else difference(view, expected) < 5e-5
 
 
 @pytest.mark.parametrize("pil", [False, True])
 def test_views_of_multi_crop_equal_dinos_transforms_at_the_drawn_parameters(pil):
-    augment = ours.MultiCropAugmentation(mean=(0, 0, 0), std=(1, 1, 1))
+    augment = ours.MultiCropAugmentation()
     crops = batch_of(ours.MultiCrop(global_size=64, local_size=32, local_number=3), range(24))
     before, views, g = [field.clone() for field in crops], augment(crops, generator(5)), generator(5)
     assert all(torch.equal(a, b) for a, b in zip(crops, before)) and len(views) == 5
     expected, seen = [], set()
     for images, kinds in ((crops.global_crops, [0, 1]), (crops.local_crops, [2, 2, 2])):
-        flip, jitter, grey, blur, solarize, _, _ = ours.draw(augment.operations, kinds, 24, images.shape[-1], g)
+        drawn = ours.draw(augment.operations, kinds, 24, images.shape[-1], g)
+        flip, jitter, grey, blur, solarize, _, _ = drawn
         for row, image in enumerate(images.flatten(0, 1)):
             image = pil_of(image) if pil else image / 255
             image = reference.hflip(image) if flip[0][row] else image
@@ -376,18 +391,20 @@ def test_views_of_multi_crop_equal_dinos_transforms_at_the_drawn_parameters(pil)
                          ours.gaussian_blur(image[None], sigma[None])[0])
             if solarize[0][row]:
                 image = ImageOps.solarize(image, 128) if pil else reference.solarize(image, 0.5)
-            expected.append(reference.to_tensor(image) if pil else image)
+            image = reference.to_tensor(image) if pil else image
+            expected.append(reference.normalize(image, ours.IMAGENET_MEAN, ours.IMAGENET_STD))
             seen.add((flip[0][row].item(), blur[0][row].item(), solarize[0][row].item()))
-    assert len(seen) >= 5
+    assert len(seen) >= 5                       # of flip, blur and solarisation
     views = [image for group in (views[:2], views[2:]) for image in torch.stack(group, 1).flatten(0, 1)]
     for image, plain in zip(views, expected, strict=True):
-        assert pil or difference(image, plain) < 1e-5
+        assert pil or difference(image, plain) < 5e-5
     mean = torch.stack([(a - b).abs().mean() for a, b in zip(views, expected)]).mean()
-    assert mean < (2 * STEP if pil else 1e-6)
+    assert mean < (8 * STEP if pil else 5e-6)
 
 
 def test_erasing_keeps_the_rest():
-    crops, augment = batch_of(ours.MultiCrop(**SMALL, local_number=1), range(40)), ours.MultiCropAugmentation(0.5)
+    crops = batch_of(ours.MultiCrop(**SMALL, local_number=1), range(40))
+    augment = ours.MultiCropAugmentation(0.5)
     erased, plain = augment(crops, generator()), ours.MultiCropAugmentation(0.0)(crops, generator())
     assert torch.equal(plain[1], erased[1]) and torch.equal(plain[2], erased[2])
     _, _, _, _, _, _, (chosen, (boxes, _)) = ours.draw(augment.operations, [0, 1], 40, 32, generator())
@@ -398,17 +415,21 @@ def test_erasing_keeps_the_rest():
 
 
 def test_an_operation_is_added_in_one_line():
+    def draw_shift(count, size, generator):
+        return (1 + torch.rand(count, generator=generator),)
+
     def shift(images, amount):
         return images + amount.view(-1, 1, 1, 1)
 
     crops, augment = batch_of(ours.MultiCrop(**SMALL), range(12)), ours.MultiCropAugmentation()
     before = augment(crops, generator())
-    augment.operations.append(ours.Operation((0.0, 0.5, 0.0), shift, lambda n, size, g: (1 + torch.rand(n, generator=g),)))
+    augment.operations.append(ours.Operation((0.0, 0.5, 0.0), shift, draw_shift))
     after = augment(crops, generator())
-    assert torch.equal(before[0], after[0])
     amounts = (after[1] - before[1]).flatten(1)
-    assert ((amounts.std(1) < 1e-5) & (amounts.mean(1) < 2.001)).all()
-    assert 0 < (amounts.mean(1) >= 1).sum() < 12 and ((amounts.mean(1) >= 1) | (amounts.mean(1) == 0)).all()
+    chosen = amounts.amin(1) > 0.999
+    assert torch.equal(before[0], after[0]) and 0 < chosen.sum() < 12
+    assert (amounts[~chosen] == 0).all() and amounts[chosen].std(1).max() < 1e-5
+    assert amounts[chosen].mean(1).std() > 0.1 and amounts.max() < 2.001
 
 
 @pytest.mark.parametrize("sizes", [dict(SMALL, local_number=0), dict(SMALL, local_number=1),
@@ -423,7 +444,7 @@ def test_sizes_and_numbers(sizes):
     assert all(view.isfinite().all() for view in views)
 
 
-# ----------------------------------------------------------------------------------------- what a seed decides
+# ---------------------------------------------------------------------------------------- what a seed decides
 
 @pytest.fixture
 def global_states():
@@ -440,14 +461,13 @@ def test_the_generator_alone_decides(global_states):
     images, crops = bytes_of(100), batch_of(ours.MultiCrop(**SMALL, local_number=2), range(10))
     for augment, given in ((simclr, images), (multi, crops)):
         expected = augment(given, generator(6))
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                again = augment(given, generator(6))
-            assert all(torch.equal(a, b) for a, b in zip(again, expected))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert all(torch.equal(a, b) for a, b in zip(augment(given, generator(6)), expected))
+        torch.set_num_threads(3)                                    # products may then round otherwise
+        assert all(difference(a, b) < 1e-5 for a, b in zip(augment(given, generator(6)), expected))
         torch.set_num_threads(1)
-        assert all((a - b).abs().amax((1, 2, 3)).min() > 0.05 for a, b in zip(augment(given, generator(7)), expected))
-        assert all((a - b).abs().amax((1, 2, 3)).min() > 0.05 for a, b in zip(expected[:1], expected[1:]) if a.shape == b.shape)
+        pairs = [*zip(augment(given, generator(7)), expected), expected[:2], expected[-2:]]
+        assert min((a - b).abs().amax((1, 2, 3)).min() for a, b in pairs) > 0.05
 
 
 class Photographs(torch.utils.data.Dataset):
@@ -474,42 +494,44 @@ def test_crops_depend_on_image_and_seed_alone(workers, batch_size, global_states
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_views_do_not_depend_on_the_number_of_ranks(world):
-    crops, augment = batch_of(ours.MultiCrop(**SMALL, local_number=2), range(12)), ours.MultiCropAugmentation(0.5)
+    crops = batch_of(ours.MultiCrop(**SMALL, local_number=2), range(12))
+    augment = ours.MultiCropAugmentation(0.5)
     g, share = generator(8), 12 // world
     whole, state = augment(crops, g), g.get_state()
     for rank in range(world):
         own, g = slice(rank * share, (rank + 1) * share), generator(8)
         views = augment(ours.Crops(*(field[own] for field in crops)), g, rank, world)
         for view, expected in zip(views, whole, strict=True):
-            assert difference(view, expected[own]) < 1e-5           # products of other sizes may round otherwise
+            assert difference(view, expected[own]) < 1e-5        # products of other sizes may round otherwise
         assert torch.equal(g.get_state(), state)                    # the next batch is drawn alike
 
 
-# ------------------------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------------------------------------- errors
 
-@pytest.mark.parametrize("make, arguments, message", [
-    (ours.SimCLRAugmentation, dict(scale=(0, 1)), "scale"), (ours.SimCLRAugmentation, dict(scale=(0.5, 0.2)), "scale"),
-    (ours.SimCLRAugmentation, dict(ratio=(2, 1)), "ratio"), (ours.SimCLRAugmentation, dict(size=0), "size"),
-    (ours.SimCLRAugmentation, dict(strengths=(0.4, 0.4, 0.4)), "strengths"),
-    (ours.SimCLRAugmentation, dict(strengths=(0.4, 0.4, 0.4, 0.6)), "strengths"),
-    (ours.SimCLRAugmentation, dict(strengths=(-0.1, 0.4, 0.4, 0.1)), "strengths"),
-    (ours.MultiCropAugmentation, dict(erasing=1.5), "erasing"),
-    (ours.MultiCropAugmentation, dict(blur_sigma=(2, 1)), "blur_sigma"),
-    (ours.MultiCrop, dict(global_scale=(0.0, 1.0)), "global_scale"), (ours.MultiCrop, dict(local_scale=(0.4, 0.1)), "local"),
-    (ours.MultiCrop, dict(global_size=0), "global_size"), (ours.MultiCrop, dict(global_size=1_000_000), "1 to 4096"),
-    (ours.MultiCrop, dict(local_size=4097), "local_size"), (ours.MultiCrop, dict(local_number=-1), "local_number"),
-    (ours.MultiCrop, dict(rand_augment="nonsense"), "RandAugment"), (ours.MultiCrop, dict(rand_augment="rand-q7"), "Rand")])
-def test_impossible_arguments_are_an_error(make, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        make(**arguments)
+@pytest.mark.parametrize("make, arguments", [
+    (ours.SimCLRAugmentation, [dict(scale=(0, 1)), dict(scale=(0.5, 0.2)), dict(ratio=(2, 1)), dict(size=0),
+                               dict(strengths=(0.4, 0.4, 0.4)), dict(strengths=(0.4, 0.4, 0.4, 0.6)),
+                               dict(strengths=(-0.1, 0.4, 0.4, 0.1))]),
+    (ours.MultiCropAugmentation, [dict(erasing=1.5), dict(blur_sigma=(2, 1)), dict(strengths=())]),
+    (ours.MultiCrop, [dict(global_scale=(0.0, 1.0)), dict(local_scale=(0.4, 0.1)), dict(global_size=0),
+                      dict(global_size=1_000_000), dict(local_size=4097), dict(local_number=-1)])])
+def test_impossible_arguments_are_an_error(make, arguments):
+    for wrong in arguments:
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            make(**wrong)
 
 
-@pytest.mark.parametrize("images, message", [
-    (torch.zeros(2, 3, 32, 32), "uint8"), (torch.zeros(3, 32, 32, dtype=torch.uint8), r"\[3, 32, 32\]"),
-    (torch.zeros(2, 32, 32, 3, dtype=torch.uint8), r"\[2, 32, 32, 3\]"),
-    (torch.zeros(0, 3, 32, 32, dtype=torch.uint8), r"\[0, 3"), (torch.zeros(2, 3, 0, 32, dtype=torch.uint8), r"\[2, 3, 0")])
-def test_other_images_are_an_error(images, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("name", ["nonsense", "rand-q7"])
+def test_an_unknown_rand_augment_is_an_error(name):
+    with pytest.raises(ValueError, match=f"no RandAugment '{name}'"):
+        ours.MultiCrop(rand_augment=name)
+
+
+@pytest.mark.parametrize("images", [
+    torch.zeros(2, 3, 32, 32), *(torch.zeros(shape, dtype=torch.uint8) for shape in
+                                 [(3, 32, 32), (2, 32, 32, 3), (0, 3, 32, 32), (2, 3, 0, 32)])])
+def test_other_images_are_an_error(images):
+    with pytest.raises(ValueError, match=re.escape(f"{images.dtype} {list(images.shape)}")):
         ours.SimCLRAugmentation()(images, generator())
 
 
