@@ -26,7 +26,8 @@ class UserError(Exception):
     """Invalid user input, reported without a traceback. One line: what is wrong, then what to do."""
 
     def __init__(self, message: str):
-        super().__init__(message.rsplit("UserError: ", 1)[-1].strip())  # a loader's worker prepends its own
+        own = message.rsplit("UserError: ", 1)[-1]  # a loader's worker prepends its traceback
+        super().__init__(" ".join(own.split()))
 
 
 def run_script(main) -> None:
@@ -571,8 +572,10 @@ def read_table(path: Path) -> dict[int, dict]:
     """The rows of a run's CSV by epoch. UserError if it is none: it would be overwritten."""
     try:
         with open(path, newline="") as file:
-            return {int(row["epoch"]): row for row in csv.DictReader(file, strict=True)}
-    except (csv.Error, ValueError, KeyError, TypeError):
+            names, *lines = csv.reader(file)
+        rows = [dict(zip(names, line, strict=True)) for line in lines]
+        return {int(row["epoch"]): row for row in rows}
+    except (csv.Error, ValueError, KeyError):
         raise UserError(f"{path} is no table of epochs; move it away") from None
 
 

@@ -35,7 +35,7 @@ def images(tmp_path_factory) -> Path:
 
 
 def write_noise(folder: Path, counts: dict, classes=("dark", "light")) -> Path:
-    """Fills class folders with noise, brighter from class to class, of several sizes and modes; returns `folder`.
+    """Fills class folders with noise, brighter from class to class, of several sizes and modes.
     counts: split -> images of every class, or a tuple of the numbers of each."""
     generator = np.random.default_rng(0)
     for split, count in counts.items():
@@ -49,10 +49,11 @@ def write_noise(folder: Path, counts: dict, classes=("dark", "light")) -> Path:
 
 
 def run_ranks(function, world: int, *args) -> list:
-    """`function(*args)` in `world` forked processes of a gloo group, of one thread each: the results by rank, which
-    must pickle. The function gets its rank from `distributed.rank()`. An exception of a rank is raised here."""
+    """`function(*args)` in `world` forked processes of a gloo group, of one thread each: the results by rank,
+    which must pickle. The function asks `distributed.rank()`. An exception of a rank is raised here."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(_run_rank, (world, folder, function, args), world, start_method="fork")
+        torch.multiprocessing.start_processes(_run_rank, (world, folder, function, args), world,
+                                              start_method="fork")
         return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(world)]
 
 

@@ -1,4 +1,4 @@
-"""Runs scripts in forked processes and signals one at the n-th call of a function: an instant chosen, not chance's."""
+"""Runs scripts in forked processes and signals one at the n-th call of a function: no instant is by chance."""
 import importlib
 import os
 import resource
@@ -21,11 +21,11 @@ PATIENCE = 90                                   # seconds before a process that 
 
 def run(arguments: list[str], folder: Path, point: str | None = None, count: int = 0, name: str = "KILL",
         script=None) -> SimpleNamespace:
-    """`script.main(arguments)`, by default cifar/main.py's, as its users start it: returncode (negative for a signal),
-    stdout and stderr, which are also files of `folder`.
+    """`script.main(arguments)`, by default cifar/main.py's, as its users start it: returncode (negative for a
+    signal), stdout and stderr, which are also files of `folder`.
 
-    point: a key of POINTS, at whose `count`-th call SIG`name` goes to the process and its loader's workers, as from a
-    terminal or launcher; or "disk": no file can grow beyond `count` bytes.
+    point: a key of POINTS, at whose `count`-th call SIG`name` goes to the process and its loader's workers, as
+    from a terminal or launcher; or "disk": no file can grow beyond `count` bytes.
     """
     script = script or importlib.import_module("cifar.main")
     return _wait(_start(arguments, folder, point, count, name, script, {}))
@@ -33,15 +33,16 @@ def run(arguments: list[str], folder: Path, point: str | None = None, count: int
 
 def run_ranks(arguments, folder: Path, script, world: int = 2, victim: int = 0, point: str | None = None,
               count: int = 0, name: str = "KILL", variables=("RANK", "WORLD_SIZE", "LOCAL_RANK")) -> list:
-    """The script in `world` processes that meet as a launcher's do, by the environment `variables` for rank, number of
-    ranks and rank on this host; `point` concerns rank `victim`. `arguments` may be a function of the rank."""
+    """The script in `world` processes that meet as a launcher's do, by the environment `variables` for rank,
+    number of ranks and rank on this host; `point` concerns rank `victim`. `arguments` may be a function of rank."""
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     started = []
     for rank in range(world):
         (place := folder / str(rank)).mkdir(exist_ok=True)
         given = arguments(rank) if callable(arguments) else arguments
         values = dict(zip(variables, (str(rank), str(world), str(rank))))
-        started.append(_start(given, place, point if rank == victim else None, count, name, script, meeting | values))
+        at = point if rank == victim else None
+        started.append(_start(given, place, at, count, name, script, meeting | values))
     return [_wait(process) for process in started]
 
 

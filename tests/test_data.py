@@ -47,7 +47,8 @@ def test_images_are_turned_upright(tmp_path):
         turned = turned if tag < 5 else turned.swapaxes(0, 1)
         exif = Image.Exif()
         exif[0x0112] = tag
-        np.testing.assert_array_equal(saved(Image.fromarray(turned), tmp_path / "x.png", exif=exif), NOISE, side)
+        image = saved(Image.fromarray(turned), tmp_path / "x.png", exif=exif)
+        np.testing.assert_array_equal(image, NOISE, side)
     plain = saved(Image.fromarray(NOISE), tmp_path / "x.jpg")
     for garbage in (b"garbage", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x09\x01"):
         image = saved(Image.fromarray(NOISE), tmp_path / "x.jpg", exif=b"Exif\0\0" + garbage)

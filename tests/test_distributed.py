@@ -1,0 +1,156 @@
+"""Joining a process group by the variables of launchers, and what ranks tell one another (gloo, forked)."""
+import os
+import signal
+import time
+from datetime import timedelta
+from types import SimpleNamespace
+
+import distributed
+import interrupt
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import run_ranks
+from utils import UserError
+
+MEETING = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets os.environ to what is given alone."""
+    return lambda **values: monkeypatch.setattr(os, "environ", values)
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 and RANK=None contradict"), ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 and"),
+    ({"WORLD_SIZE": "x"}, "WORLD_SIZE='x' is no whole number"),
+    ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 contradict"), ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK=-1"),
+    ({"WORLD_SIZE": "2", "RANK": "0"}, "do not meet.*MASTER_"),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "x"}, "SLURM_NTASKS='x' is no whole number"),
+    ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "1"},
+     "cannot resolve host 'nowhere.invalid'; check")])
+def test_impossible_variables_are_refused_at_once(environment, monkeypatch, values, message):
+    def resolve(host, port):
+        if host != "localhost":
+            raise OSError("Name or service not known")
+    monkeypatch.setattr(distributed.socket, "getaddrinfo", resolve)  # without asking a name server
+    environment(**values)
+    with pytest.raises(UserError, match=message):
+        distributed.init_distributed("cpu")
+
+
+@pytest.mark.parametrize("url, message", [
+    ("file:///nowhere/x/meet", "no folder /nowhere/x"), ("nonsense", "do not meet at nonsense"),
+    ("tcp://localhost:99999", "do not meet at tcp://localhost:99999")])
+def test_rendezvous_that_cannot_be(environment, url, message):
+    environment(WORLD_SIZE="2", RANK="0")
+    with pytest.raises(UserError, match=message):
+        distributed.init_distributed("cpu", url)
+
+
+def test_a_rank_that_waits_says_so(environment, monkeypatch, capfd, tmp_path):
+    environment(WORLD_SIZE="2", RANK="0")
+    monkeypatch.setattr(distributed, "PATIENCE", 0.1)
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=0.5))
+    with pytest.raises(UserError, match="the 2 processes do not meet at file:///.*/meet: "):
+        distributed.init_distributed("cpu", f"file://{tmp_path}/meet")
+    assert capfd.readouterr().err.startswith("rank 0 still waits for the other ranks of 2 at file:///")
+
+
+def test_the_device_of_a_process(environment, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(device.index))
+    monkeypatch.setattr(distributed, "_join", lambda url, rank, world, device: None)
+    environment()
+    assert distributed.init_distributed("cuda:1") == torch.device("cuda:1") and chosen == [1]
+    assert distributed.init_distributed("auto") == torch.device("cuda") and chosen == [1]  # the current one
+    assert distributed.init_distributed("cpu") == torch.device("cpu")
+    environment(WORLD_SIZE="8", RANK="6", LOCAL_RANK="2", LOCAL_WORLD_SIZE="4")
+    assert distributed.init_distributed("auto") == torch.device("cuda:2") and chosen == [1, 2]
+    with pytest.raises(UserError, match="--device cuda:1 is one device for 8 processes"):
+        distributed.init_distributed("cuda:1")
+    environment(WORLD_SIZE="8", RANK="6", LOCAL_RANK="6", LOCAL_WORLD_SIZE="8")
+    with pytest.raises(UserError, match="8 processes were started on this host, which has 4 GPUs"):
+        distributed.init_distributed("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # Slurm may show each task its own
+    assert distributed.init_distributed("cuda") == torch.device("cuda:0")
+
+
+TASK = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({"SLURM_PROCID": "9", "SLURM_NTASKS": "11", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "41",
+      "SLURM_STEP_NODELIST": "gpu[07-09,12],login", "SLURM_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "2"},
+     {"RANK": "9", "WORLD_SIZE": "11", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "gpu07",
+      "MASTER_PORT": "20041"}),
+    (TASK | {"SLURM_JOB_NODELIST": "node-1,node-2", "MASTER_PORT": "5", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"},
+     {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "node-1",
+      "MASTER_PORT": "5"}),
+    (TASK | {"SLURM_NTASKS": "1"}, {}),  # one task: no group
+    (TASK | {"SLURM_STEP_NUM_TASKS": "1"}, {}),  # one of a larger job
+    (TASK | {"RANK": "1", "WORLD_SIZE": "4"}, {"RANK": "1", "WORLD_SIZE": "4"})])  # torchrun in a job
+def test_what_slurm_says(environment, given, expected):
+    environment(**given)
+    distributed._read_slurm()
+    assert {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} == expected
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_shares_sums_and_gathers(world):
+    rows = torch.arange(14).view(7, 2)
+
+    def tell():
+        rank = distributed.rank()
+        gathered = [distributed.gather_rows(distributed.share(rows[:count]), count) for count in (7, 2, 1)]
+        return (rank, distributed.world_size(), distributed.share(range(7)), gathered,
+                distributed.sum_over_ranks(torch.tensor([rank, 1])), distributed.sum_of_floats(0.5, rank),
+                distributed.same_over_ranks(3, 4), distributed.same_over_ranks(3, min(rank, 1)))
+    for rank, (own, size, share, gathered, total, floats, same, other) in enumerate(run_ranks(tell, world)):
+        assert (own, size, list(share)) == (rank, world, [n for n in range(7) if n % world == rank])
+        assert all(torch.equal(part, rows[:count]) for part, count in zip(gathered, (7, 2, 1)))
+        assert total.tolist() == [sum(range(world)), world] and floats == [0.5 * world, sum(range(world))]
+        assert same and other == (world == 1)
+
+
+def test_alone_there_is_no_group():
+    distributed.leave()
+    assert distributed.world_size() == 1 and distributed.rank() == 0
+
+
+def script(main):
+    return SimpleNamespace(main=lambda arguments: main())
+
+
+def test_ranks_meet_again_in_a_store_that_outlives_them(tmp_path, monkeypatch):
+    """As torchrun restarts them: the store still holds the addresses of those that were killed."""
+    def main():
+        store = dist.TCPStore("localhost", int(os.environ["STORE"]), is_master=False)
+        monkeypatch.setattr(dist, "rendezvous", lambda *args, **more: iter([(store,)]))
+        distributed.init_distributed("cpu")
+        print(distributed.sum_of_floats(1))
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        distributed.leave()
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("STORE", str(store.port))
+    for attempt, code in (("0", -signal.SIGKILL), ("1", 0)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        results = interrupt.run_ranks([], tmp_path, script(main))
+        assert [(result.returncode, result.stdout) for result in results] == [(code, "[2.0]\n")] * 2, results
+
+
+def test_a_killed_rank_ends_the_others_within_seconds(tmp_path):
+    def main():
+        distributed.init_distributed("cpu")
+        for step in range(10**9):
+            distributed.sum_of_floats(step)
+            if distributed.rank() == 1 and step == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+    started = time.monotonic()
+    first, second = interrupt.run_ranks([], tmp_path, script(main))
+    assert (first.returncode, second.returncode) == (1, -signal.SIGKILL) and time.monotonic() - started < 20
+    assert first.stderr.startswith("error: rank 0: lost contact with another") and first.stderr.count("\n") == 1
