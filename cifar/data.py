@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torchvision import transforms
-from torchvision.transforms.functional import InterpolationMode, pil_to_tensor
+from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor
 
 from cifar.shapes import draw_shapes
 from data import build_dataset, build_splits
@@ -17,7 +17,7 @@ NATIVE_SIZE = {"stl10": 96}  # pixels; 32 elsewhere
 
 
 class ImageData(NamedTuple):
-    """Images uint8 [N, 3, S, S] and labels int64 [N]: `train` without labels, the k-NN's labelled `bank`, `test`."""
+    """Images uint8 [N, 3, S, S] and labels int64 [N]: `train` without labels, the k-NN's `bank`, `test`."""
 
     train: Tensor
     bank: Tensor
@@ -29,8 +29,8 @@ class ImageData(NamedTuple):
 def load_data(name: str, path: Path | None, size: int | None = None) -> ImageData:
     """The data set `name`, "shapes" or one of data.py, at `size` x `size` pixels, its native size if None.
 
-    The bank is the training set; stl10 trains on its unlabelled and labelled images, its bank is the labelled ones.
-    UserError as `data.build_splits`, and for fewer than two test images.
+    The bank is the training set; stl10 trains on its unlabelled images too. UserError as `data.build_splits`,
+    and for fewer than two test images.
     """
     size = size or NATIVE_SIZE.get(name, 32)
     if name == "shapes":
@@ -39,20 +39,21 @@ def load_data(name: str, path: Path | None, size: int | None = None) -> ImageDat
     train, test = build_splits(name, path, download=name != "folder")
     if len(test) < 2:
         raise UserError(f"the test set has {len(test)} image; the AUC of its pairs needs at least two")
-    images = bank, bank_labels = decode(train, size)
+    bank = images, _ = decode(train, size)
     if name == "stl10":
-        bank = torch.cat([decode(build_dataset(name, path, "unlabeled"), size)[0], bank])
-    return ImageData(bank, *images, *decode(test, size))
+        images = torch.cat([decode(build_dataset(name, path, "unlabeled"), size)[0], images])
+    return ImageData(images, *bank, *decode(test, size))
 
 
 def decode(dataset, size: int) -> tuple[Tensor, Tensor]:
-    """All images of a data set: uint8 [N, 3, size, size], and labels int64 [N]. Images of other sizes are scaled by
-    their shorter side (bicubic) and cropped in the centre."""
+    """All images, uint8 [N, 3, size, size], and labels, int64 [N]. Images of other sizes are scaled by their
+    shorter side (bicubic) and cropped in the centre."""
     images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
-    fit = transforms.Compose([transforms.Resize(size, InterpolationMode.BICUBIC), transforms.CenterCrop(size)])
+    resize = transforms.Resize(size, InterpolationMode.BICUBIC)
 
     def store(index):
-        images[index] = pil_to_tensor(fit(dataset[index][0]))
+        images[index] = pil_to_tensor(center_crop(resize(dataset[index][0]), size))
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
         for _ in pool.map(store, range(len(dataset))):
             pass

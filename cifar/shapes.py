@@ -1,17 +1,18 @@
-"""Shapes: small images drawn by code, in ten classes told apart by shape alone, to pretrain on without a download.
+"""Shapes: small images drawn by code, in ten classes told apart by shape alone, to pretrain on offline.
 
     images, labels = draw_shapes("train")        # uint8 [5000, 3, 32, 32], int64 [5000]
 
-An image holds four drawings of one shape, one in each quadrant of a cloudy grey ground; the shape is the class. Place,
-size and angle are drawn anew for every drawing, so two crops of one image agree on the shape and on little else: that
-is what a contrastive method can find, and what neighbours in pixel space miss. What else could tell images apart is
-held equal: all drawings are light, all shapes cover the same area, and nothing has a tint but the noise (colours, and
-an arrangement of dark and light, are easier for two crops to agree on than the shape, and trainings learned those).
-Every shape is its own mirror image, so a flip keeps the class.
+An image holds four drawings of one shape, one in each quadrant of a cloudy grey ground; the shape is the
+class. Place, size and angle are drawn anew for every drawing, so two crops of one image agree on the shape
+and on little else: that is what a contrastive method can find, and what neighbours in pixel space miss. What
+else could tell images apart is held equal: all drawings are light, all shapes cover the same area, and
+nothing has a tint but the noise (colours, and an arrangement of dark and light, are easier for two crops to
+agree on than the shape, and trainings learned those). Every shape is its own mirror image, so a flip keeps
+the class.
 
-The bits are meant to be the same on every machine: random numbers are PCG64's raw stream, which NumPy promises not to
-change, and become pixels by + - * / sqrt, comparison and rounding, which IEEE 754 fixes to the last bit; the sums are
-of integers. Hence rotations without sin and cos, and no normal deviates.
+The bits are meant to be the same on every machine: random numbers are PCG64's raw stream, which NumPy
+promises not to change, and become pixels by + - * / sqrt, comparison and rounding, which IEEE 754 fixes to
+the last bit; the sums are of integers. Hence rotations without sin and cos, and no normal deviates.
 """
 import numpy as np
 import torch
@@ -24,8 +25,8 @@ CLOUDS = 0.06              # the ground is 0.5 +- CLOUDS at the knots of a grid,
 CLOUD_CELLS = 4            # of that grid, a side
 NOISE = 0.1                # of every channel of every pixel, uniform in +- NOISE
 
-# A shape is a field over the plane: negative inside, zero on the outline, and growing by at most about one per unit of
-# length, so that a field measured in pixels is turned into coverage by a clip. x, y: float32 arrays, y upwards.
+# A shape is a field over the plane: negative inside, zero on the outline, and growing by at most about 1 per
+# unit of length, so that a field in pixels becomes coverage by a clip. x, y: float32 arrays, y upwards.
 
 
 def _disc(x, y, radius=1.0):
@@ -49,8 +50,9 @@ def _square(x, y):
 
 
 def _star(x, y):
-    # Five lines make a pentagram. A point inside of at least four is in it: the second largest distance is negative.
-    normals = (0.0, 1.0), (0.9510565, 0.309017), (-0.9510565, 0.309017), (0.5877853, -0.809017), (-0.5877853, -0.809017)
+    # Five lines make a pentagram. A point inside of four is in it: its second largest distance is negative.
+    normals = ((0.0, 1.0), (0.9510565, 0.309017), (-0.9510565, 0.309017),
+               (0.5877853, -0.809017), (-0.5877853, -0.809017))
     return np.sort([across * x + up * y for across, up in normals], axis=0)[-2] - 0.4
 
 
@@ -83,14 +85,13 @@ CLASSES = tuple(FIELDS)
 
 
 def draw_shapes(split, per_class=None, seed=0, size=32):
-    """Draw one split; the same arguments give the same bits.
+    """Draws one split; the same arguments give the same bits.
 
-    split: "train" or "test", two independent streams of one seed. per_class: images of each class, by default 500
-    (train) and 100 (test). seed: int >= 0. size: side of the images in pixels; under 16 the shapes are lost.
+    split: "train" or "test", two independent streams of one seed. per_class: images of each class, by default
+    500 (train) and 100 (test). seed: int >= 0. size: pixels a side; under 16 the shapes are lost.
 
-    Returns: images, uint8 tensor [N, 3, size, size]; labels, int64 tensor [N], indices into CLASSES in turn (0, 1, ...,
-    9, 0, ...), so that the first images are balanced too.
-    Raises: ValueError for another split, per_class below 1 or size below 16.
+    Returns images, uint8 [N, 3, size, size], and labels, int64 [N]: indices into CLASSES in turn (0, ..., 9,
+    0, ...), so that the first images are balanced too. ValueError for other arguments.
     """
     if split not in PER_CLASS:
         raise ValueError(f"split must be one of {', '.join(PER_CLASS)}, not {split!r}")
@@ -115,10 +116,9 @@ def draw_shapes(split, per_class=None, seed=0, size=32):
     for label, field in enumerate(FIELDS.values()):
         across, up, unit_side = _measure(field)
         for drawing in range(4):
-            # [n, 1, 1] each, of the n images of this class
-            of = lambda values: values[label::len(CLASSES), drawing, None, None]
+            of = lambda values: values[label::len(CLASSES), drawing, None, None]  # [n, 1, 1]  # noqa: E731
             x, y = pixel - of(left), of(top) - pixel[:, None]
-            unit = of(side) / unit_side                                           # the field's unit, in image sides
+            unit = of(side) / unit_side                                           # in image sides
             distance = field((of(cos) * x + of(sin) * y) / unit + across,
                              (of(cos) * y - of(sin) * x) / unit + up)             # [n, size, size]
             coverage = np.clip(0.5 - distance * unit * size, 0, 1)
@@ -136,7 +136,7 @@ def _uniform(bits, low, high, *shape):
 
 
 def _directions(bits, *shape):
-    """Cosines and sines of random angles; the diagonals of the square they come from are up to twice as likely."""
+    """Cosines and sines of random angles; the diagonals of their square are up to twice as likely."""
     x, y = _uniform(bits, -1, 1, 2, *shape)
     length = np.sqrt(x * x + y * y) + 1e-9
     return x / length, y / length

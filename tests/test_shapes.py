@@ -1,125 +1,88 @@
 """The drawn data set: reproducible, balanced, and told apart by nothing simpler than shape."""
+import functools
 import hashlib
 
 import pytest
 import torch
 import torch.nn.functional as F
-
 from cifar.shapes import CLASSES, draw_shapes
 
 CHANCE = 100 / len(CLASSES)
+shapes = functools.cache(draw_shapes)
 
 
-@pytest.fixture(scope="module")
-def train():
-    return draw_shapes("train")
+def vote(distance, k):
+    """Accuracy in percent of the k nearest training images' plain vote. distance: [test, training images]."""
+    index = distance.topk(k, largest=False).indices
+    return 100 * (shapes("train")[1][index].mode(1).values == shapes("test")[1]).float().mean().item()
 
 
-@pytest.fixture(scope="module")
-def held_out():
-    return draw_shapes("test")
+def mean_colour(images, labels):
+    return images.float().mean((2, 3)) / 255
 
 
-def cosine_knn(bank, bank_labels, queries, labels, settings):
-    """Accuracies in percent of the weighted vote for each (k, temperature), written out to depend on no code of ours."""
-    similarity, index = (F.normalize(queries) @ F.normalize(bank).T).topk(max(k for k, _ in settings))
-    accuracies = []
-    for k, temperature in settings:
-        weights = (similarity[:, :k] / temperature).exp()
-        votes = torch.zeros(len(queries), len(CLASSES)).scatter_add_(1, bank_labels[index[:, :k]], weights)
-        accuracies.append(100 * (votes.argmax(1) == labels).float().mean().item())
-    return accuracies
+def drawn(images):
+    """[N, 3, S, S] -> bool [N, S, S]: far from the mid-grey ground."""
+    return (images.float().mean(1) / 255 - 0.5).abs() > 0.2
 
 
-def euclidean_knn(bank, bank_labels, queries, labels, k=50):
-    """Accuracy in percent of a plain vote, statistics scaled to one deviation each."""
-    mean, std = bank.mean(0), bank.std(0)
-    index = torch.cdist((queries - mean) / std, (bank - mean) / std).topk(k, largest=False).indices
-    return 100 * (bank_labels[index].mode(1).values == labels).float().mean().item()
+def area(images, labels):
+    return drawn(images).float().mean((1, 2)).unsqueeze(1)
 
 
-def pixels(images):
-    return images.flatten(1).float() / 255
-
-
-def ink(images):
-    """[N, 3, H, W] -> [N, H, W]: distance from the mid-grey ground, linear in a drawing's coverage."""
-    return (images.float().mean(1) / 255 - 0.5).abs()
-
-
-def mean_colour(images):
-    return pixels(images).unflatten(1, (3, -1)).mean(2)
-
-
-def area(images):
-    return (ink(images) > 0.2).float().mean((1, 2)).unsqueeze(1)
-
-
-def position(images):
-    """[N, 4]: centroid of the ink and centre of its bounding box. (The size of the box is shape: a bar is longer.)"""
-    drawn = ink(images) > 0.2
+def position(images, labels):
+    """[N, 4]: centroid and centre of the bounding box. (The size of the box is shape: a bar is longer.)"""
     place = torch.arange(images.shape[-1], dtype=torch.float32)
     centres = []
-    for line in (drawn.sum(1).float(), drawn.sum(2).float()):
+    for line in (drawn(images).sum(1).float(), drawn(images).sum(2).float()):
         first = line.gt(0).int().argmax(1)
         last = len(place) - 1 - line.flip(1).gt(0).int().argmax(1)
         centres += [(line * place).sum(1) / line.sum(1), (first + last) / 2]
     return torch.stack(centres, 1)
 
 
-@pytest.mark.parametrize("split, per_class", [("train", 500), ("held_out", 100)])
-def test_types_shapes_and_balance(split, per_class, request):
-    images, labels = request.getfixturevalue(split)
-    assert images.dtype == torch.uint8 and images.shape == (per_class * 10, 3, 32, 32)
-    assert labels.dtype == torch.int64 and labels.bincount().tolist() == [per_class] * 10
-    assert len(set(CLASSES)) == 10
+def slight_tint_of_the_class(images, labels):
+    return mean_colour(images, labels) + 0.02 * labels.unsqueeze(1)
 
 
-def test_other_sizes():
-    images, labels = draw_shapes("test", per_class=3, size=45)
-    assert images.shape == (30, 3, 45, 45) and labels.shape == (30,)
+@pytest.mark.parametrize("split, per_class", [("train", 500), ("test", 100)])
+def test_images_are_balanced_and_vary_within_a_class(split, per_class):
+    images, labels = shapes(split)
+    assert images.dtype == torch.uint8 and images.shape == (10 * per_class, 3, 32, 32)
+    assert labels.tolist() == per_class * list(range(10)) and len(set(CLASSES)) == 10
+    for label in range(10):
+        assert (images[labels == label].float() / 255).std(0).min() > 0.05
 
 
-def test_same_arguments_same_bits(held_out):
-    images, labels = draw_shapes("test")
-    assert torch.equal(images, held_out[0]) and torch.equal(labels, held_out[1])
-    assert not torch.equal(draw_shapes("test", seed=1)[0], held_out[0])
+def test_no_image_is_there_twice():
+    images = torch.cat([shapes("train")[0], shapes("test")[0]])
+    assert len({image.tobytes() for image in images.numpy()}) == len(images)
 
 
 def test_same_bits_on_every_machine():
-    images, _ = draw_shapes("test", per_class=5)
+    images, labels = draw_shapes("test", per_class=5)
     assert hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16] == "bb6d564861d70ea6"
+    assert not torch.equal(draw_shapes("test", per_class=5, seed=1)[0], images)
+    assert draw_shapes("test", per_class=3, size=45)[0].shape == (30, 3, 45, 45)
 
 
-def test_no_image_twice(train, held_out):
-    both = torch.cat((train[0], held_out[0]))
-    assert len({image.tobytes() for image in both.numpy()}) == len(both)
+@pytest.mark.parametrize("k", [20, 200])
+def test_raw_pixels_do_badly(k):
+    pixels = (shapes(split)[0].flatten(1).float() for split in ("test", "train"))
+    queries, bank = (F.normalize(rows - rows.mean(1, keepdim=True)) for rows in pixels)
+    assert vote(-queries @ bank.T, k) < 45
 
 
-def test_images_of_a_class_vary(train):
-    images, labels = train
-    for label in range(len(CLASSES)):
-        assert pixels(images[labels == label]).std(0).min() > 0.05, CLASSES[label]
+@pytest.mark.parametrize("statistic, low, high", [
+    (mean_colour, 0, 2), (area, 0, 2), (position, 0, 2),
+    (slight_tint_of_the_class, 3, 10)])  # the bound is worth something only if a leak breaks it
+def test_statistics_do_not_tell_the_class(statistic, low, high):
+    bank, queries = statistic(*shapes("train")), statistic(*shapes("test"))
+    accuracy = vote(torch.cdist(queries / bank.std(0), bank / bank.std(0)), k=50)
+    assert low * CHANCE <= accuracy < high * CHANCE
 
 
-def test_raw_pixels_do_badly(train, held_out):
-    bank, queries = (pixels(images) - pixels(images).mean(1, keepdim=True) for images, _ in (train, held_out))
-    settings = [(k, temperature) for k in (20, 200) for temperature in (0.07, 0.5)]
-    assert max(cosine_knn(bank, train[1], queries, held_out[1], settings)) < 45
-
-
-@pytest.mark.parametrize("statistic", [mean_colour, area, position])
-def test_statistics_do_not_tell_the_class(train, held_out, statistic):
-    assert euclidean_knn(statistic(train[0]), train[1], statistic(held_out[0]), held_out[1]) < 2 * CHANCE
-
-
-def test_a_leak_would_be_seen(train, held_out):
-    # the bound above is worth something only if a leak breaks it: tint every image slightly by its class
-    bank, queries = (mean_colour(images) + 0.02 * labels.unsqueeze(1) for images, labels in (train, held_out))
-    assert euclidean_knn(bank, train[1], queries, held_out[1]) > 3 * CHANCE
-
-
-@pytest.mark.parametrize("arguments", [dict(split="val"), dict(split="train", per_class=0), dict(split="train", size=8)])
-def test_wrong_arguments(arguments):
+@pytest.mark.parametrize("split, wrong", [("val", {}), ("test", {"per_class": 0}), ("test", {"size": 8})])
+def test_wrong_arguments(split, wrong):
     with pytest.raises(ValueError):
-        draw_shapes(**arguments)
+        draw_shapes(split, **wrong)
