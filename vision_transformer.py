@@ -57,10 +57,10 @@ def build_backbone(arch: str, patch_size: int = 16, image_size: int = 224,
         backbone.embed_dim = backbone.head_hidden_size  # num_features leaves out MobileNetV3's last layer
         return backbone
     known = [*VIT_ARCHS, *RESNET_ARCHS, *CIFAR_ARCHS]
-    names = [f"timm/{name}" for name in timm.list_models()] if library == "timm" else known
-    near = " or ".join(difflib.get_close_matches(arch, names))
-    raise ValueError(f"unknown arch {arch!r}: {f'did you mean {near}? ' if near else ''}"
-                     f"Choose from {', '.join(known)}, or timm/NAME for a model of timm")
+    names = timm.list_models() if library == "timm" else filter(timm.is_model, [arch])
+    near = difflib.get_close_matches(arch, known + [f"timm/{name}" for name in names], cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(f"unknown arch {arch!r}: {hint}Choose from {', '.join(known)}, or timm/NAME")
 
 
 class VisionTransformer(timm.models.VisionTransformer):

@@ -1,4 +1,4 @@
-"""The backbones against timm and torchvision, the head against its formula, multi-crop against one view at a time."""
+"""Backbones against timm and torchvision, heads against their formulas, multi-crop against single views."""
 import copy
 from functools import partial
 
@@ -6,62 +6,57 @@ import pytest
 import timm
 import torch
 import torchvision
+from torch import nn
 from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock
+from vision_transformer import MultiCropNet, ProjectionHead, build_backbone, convert_sync_batchnorm, mlp_head
 
-from vision_transformer import MultiCropNet, ProjectionHead, build_backbone
 
-
-def images(count, height, width=None, seed=0, dtype=torch.float32):
-    return torch.randn(count, 3, height, width or height, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def images(count, height, width=None, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, height, width or height, generator=generator, dtype=dtype)
 
 
 def small_vit(**kwargs):
-    """Four blocks of vit_tiny for 32 x 32 pixels, in float64, with weights so large that no two tokens look alike."""
+    """Three blocks of vit_tiny for 32 x 32 pixels, in float64, with weights so large that tokens differ."""
     torch.manual_seed(0)
     vit = build_backbone("vit_tiny", patch_size=8, image_size=32, **kwargs)
-    vit.blocks = vit.blocks[-4:]
+    vit.blocks = vit.blocks[-3:]
     for parameter in vit.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+        nn.init.normal_(parameter, std=0.3)
     return vit.double()
-
-
-def timm_vit(arch, patch_size=16, image_size=224):
-    return timm.create_model(f"{arch}_patch16_224", patch_size=patch_size, img_size=image_size, num_classes=0,
-                             dynamic_img_size=True)
 
 
 def assert_close(actual, expected, tolerance=1e-12):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-# --- vision transformers ------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("arch, patch_size, image_size", [("vit_tiny", 16, 224), ("vit_tiny", 8, 224), ("vit_small", 16, 224),
-                                                          ("vit_base", 8, 224), ("vit_small", 4, 32)])
-def test_vit_has_the_keys_and_shapes_of_timm(arch, patch_size, image_size):
+@pytest.mark.parametrize("arch, patch, size", [("vit_small", 16, 224), ("vit_base", 8, 96)])
+def test_vit_has_the_keys_and_shapes_of_timm(arch, patch, size):
     with torch.device("meta"):
-        ours, theirs = build_backbone(arch, patch_size, image_size), timm_vit(arch, patch_size, image_size)
+        ours = build_backbone(arch, patch, size)
+        theirs = timm.create_model(f"{arch}_patch16_224", patch_size=patch, img_size=size, num_classes=0)
     shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (ours, theirs)]
     assert shapes[0] == shapes[1]
     assert ours.embed_dim == theirs.num_features
 
 
 @torch.no_grad()
-def test_vit_small_equals_timm():
-    torch.manual_seed(0)
-    fixed = timm.create_model("vit_small_patch16_224", num_classes=0).eval()
-    dynamic = timm_vit("vit_small").eval()
-    ours = build_backbone("vit_small").eval()
+def test_vit_equals_timm():
+    options = dict(img_size=32, patch_size=8, num_classes=0)
+    fixed = timm.create_model("vit_tiny_patch16_224", **options)
+    dynamic = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **options)
+    ours = build_backbone("vit_tiny", 8, 32)
     for model in (dynamic, ours):
         model.load_state_dict(fixed.state_dict())
-    assert torch.equal(ours(images(2, 224)), fixed(images(2, 224)))
-    for size in [(96, 96), (64, 112)]:
-        assert torch.equal(ours(images(2, *size)), dynamic(images(2, *size)))
+    x, wide = images(2, 32, dtype=torch.float32), images(2, 24, 56, dtype=torch.float32)
+    assert torch.equal(ours(x), fixed(x))
+    assert torch.equal(ours(wide), dynamic(wide))
 
 
 @torch.no_grad()
 def test_position_embeddings_follow_the_image():
-    """A feature map that is linear in the position stays so, rows and columns in their places, at another, non-square size."""
+    """Embeddings linear in row and column stay so, each on its axis, at another, non-square size."""
     vit = small_vit()
     rows = torch.arange(4.0, dtype=torch.float64)[:, None].expand(4, 4)
     vit.pos_embed.zero_()
@@ -69,9 +64,9 @@ def test_position_embeddings_follow_the_image():
     vit.pos_embed[0, 1:, 1] = 10 * rows.T.flatten()
     for parameter in (*vit.patch_embed.parameters(), vit.cls_token):
         parameter.zero_()
-    tokens = vit._pos_embed(vit.patch_embed(images(1, 32, 64, dtype=torch.float64)))[0]        # 4 x 8 patches
+    tokens = vit._pos_embed(vit.patch_embed(images(1, 32, 64)))[0]  # 4 x 8 patches
     grid = tokens[1:].view(4, 8, -1)
-    assert_close(grid[:, :, 0], rows[:, :1].expand(4, 8), 1e-6)     # timm interpolates in float32
+    assert_close(grid[:, :, 0], rows[:, :1].expand(4, 8), 1e-6)  # timm interpolates in float32
     assert (grid[:, :, 1].diff(dim=1) > 0).all()
     assert_close(grid[:, :, 1], grid[:1, :, 1].expand(4, 8), 1e-6)
     assert not tokens[0].any()
@@ -79,239 +74,225 @@ def test_position_embeddings_follow_the_image():
 
 @torch.no_grad()
 def test_intermediate_layers():
-    vit = small_vit()
-    x = images(2, 32, 48, dtype=torch.float64)
-    hidden = []
+    vit, x, hidden = small_vit(), images(2, 32, 48), []
     for block in vit.blocks:
         block.register_forward_hook(lambda module, inputs, output: hidden.append(output))
-    layers = vit.get_intermediate_layers(x, 3)
-    assert [layer.shape for layer in layers] == [(2, 1 + 4 * 6, 192)] * 3
-    for layer, output in zip(layers, hidden[1:4]):
+    layers = vit.get_intermediate_layers(x, 2)
+    assert [layer.shape for layer in layers] == [(2, 1 + 4 * 6, 192)] * 2
+    for layer, output in zip(layers, hidden[1:3], strict=True):
         assert_close(layer, F.layer_norm(output, (192,), vit.norm.weight, vit.norm.bias, vit.norm.eps))
-    assert_close(layers[-1], vit.forward_features(x))
     assert_close(layers[-1][:, 0], vit(x))
     assert_close(vit.get_intermediate_layers(x)[0], layers[-1])
-
-
-@pytest.mark.parametrize("n", [0, 5])
-def test_intermediate_layers_that_do_not_exist(n):
-    with pytest.raises(ValueError, match=f"1 to 4 blocks, got {n}"):
-        small_vit().get_intermediate_layers(images(1, 32, dtype=torch.float64), n)
+    for n in (0, 4):
+        with pytest.raises(ValueError, match=f"1 to 3 blocks, got {n}"):
+            vit.get_intermediate_layers(x, n)
 
 
 @torch.no_grad()
 def test_last_selfattention_reproduces_the_fused_attention():
-    vit = small_vit()
+    vit, x, seen = small_vit(), images(2, 32, 24), {}
     last = vit.blocks[-1].attn
-    seen = {}
     last.register_forward_hook(lambda module, inputs, output: seen.update(input=inputs[0], output=output))
-    x = images(2, 32, 24, dtype=torch.float64)
     vit(x)
     attention = vit.get_last_selfattention(x)
-    assert attention.shape == (2, 3, 13, 13)
-    assert attention.std() > 0.05                                                               # not uniform
+    assert attention.shape == (2, 3, 13, 13) and attention.std() > 0.05  # not uniform
     assert_close(attention.sum(-1), torch.ones(2, 3, 13, dtype=torch.float64))
     values = last.qkv(seen["input"])[..., -192:].view(2, 13, 3, 64)
     mixed = torch.einsum("bhqk,bkhd->bqhd", attention, values).reshape(2, 13, 192)
     assert_close(last.proj(mixed), seen["output"])
 
 
-def test_drop_path_rises_linearly_and_is_off_in_evaluation():
-    vit = build_backbone("vit_tiny", image_size=32, drop_path_rate=0.22)
-    rates = [getattr(block.drop_path2, "drop_prob", 0.0) for block in vit.blocks]
+def test_drop_path_rises_linearly():
+    blocks = build_backbone("vit_tiny", image_size=32, drop_path_rate=0.22).blocks
+    rates = [getattr(block.drop_path2, "drop_prob", 0.0) for block in blocks]
     assert rates == pytest.approx([0.02 * i for i in range(12)])
-    x = images(2, 32)
-    plain = build_backbone("vit_tiny", image_size=32)
-    plain.load_state_dict(vit.state_dict())
-    assert torch.equal(vit.eval()(x), plain(x))
-    vit.train()
-    assert not torch.equal(vit(x), vit(x))
 
 
-@pytest.mark.parametrize("size", [(30, 32), (32, 30)])
-def test_images_that_patches_do_not_tile(size):
-    with pytest.raises(ValueError, match=f"multiples of the patch size 8, got {size[0]} x {size[1]} pixels"):
-        small_vit()(images(1, *size, dtype=torch.float64))
+def test_sizes_that_patches_do_not_tile():
+    for height, width in [(30, 32), (32, 30)]:
+        with pytest.raises(ValueError, match=f"multiples of the patch size 8, got {height} x {width} pixels"):
+            small_vit()(images(1, height, width))
+    for patch, size in [(16, 100), (0, 224), (16, 0)]:
+        with pytest.raises(ValueError, match=f"image size {size} is no multiple of the patch size {patch}"):
+            build_backbone("vit_tiny", patch, size)
 
 
-@pytest.mark.parametrize("patch_size, image_size", [(16, 100), (0, 224), (16, 0)])
-def test_image_size_that_patches_do_not_tile(patch_size, image_size):
-    with pytest.raises(ValueError, match=f"image size {image_size} is no multiple of the patch size {patch_size}"):
-        build_backbone("vit_tiny", patch_size, image_size)
-
-
-# --- other backbones ----------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("arch, embed_dim", [("resnet18", 512), ("resnet50", 2048)])
-def test_resnet_equals_torchvision_without_its_classifier(arch, embed_dim):
-    ours, theirs = build_backbone(arch), torchvision.models.get_model(arch)
-    theirs.fc = torch.nn.Identity()
-    theirs.load_state_dict(ours.state_dict())                                                   # strict: the same keys
-    x = images(2, 64)
+@pytest.mark.parametrize("arch", ["resnet18", "cifar/small"])
+def test_resnet_equals_torchvision_without_its_classifier(arch):
+    ours = build_backbone(arch)
+    theirs = torchvision.models.ResNet(BasicBlock, [2, 2, 2, 2] if arch == "resnet18" else [1, 1, 1, 1])
+    theirs.fc = nn.Identity()
+    if arch == "cifar/small":
+        theirs.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=2, padding=1, bias=False)
+        theirs.maxpool = theirs.layer4 = nn.Identity()
+    theirs.load_state_dict(ours.state_dict())  # strict: the same keys
+    x = images(4, 32, dtype=torch.float32)
     for training in (True, False):
         assert torch.equal(ours.train(training)(x), theirs.train(training)(x))
-    assert ours(x).shape == (2, embed_dim) and ours.embed_dim == embed_dim
 
 
-# A plain one, a layer behind the pooling, batch norm, and two class tokens.
-@pytest.mark.parametrize("name, size", [("convnext_atto", 32), ("mobilenetv3_small_050", 32), ("resnet10t", 32),
-                                        ("deit_tiny_distilled_patch16_224", 224)])
-@torch.no_grad()
-def test_timm_backbone_returns_features_of_embed_dim(name, size):
-    backbone = build_backbone(f"timm/{name}").eval()
-    assert backbone(images(2, size)).shape == (2, backbone.embed_dim)
-    assert backbone.state_dict().keys() == timm.create_model(name, num_classes=0).state_dict().keys()
+@pytest.mark.parametrize("name, embed_dim, stem_stride, parameters", [
+    ("resnet18", 512, 1, 11.2e6), ("resnet34", 512, 1, 21.3e6), ("resnet50", 2048, 1, 23.5e6),
+    ("small", 256, 2, 1.23e6), ("tiny", 64, 2, 0.0775e6)])
+def test_small_image_resnets_keep_the_resolution(name, embed_dim, stem_stride, parameters):
+    sides = []
+    with torch.device("meta"):
+        backbone = build_backbone(f"cifar/{name}")
+        backbone.layer1.register_forward_hook(lambda module, inputs, output: sides.append(output.shape[-1]))
+        assert backbone(torch.empty(2, 3, 32, 32)).shape == (2, embed_dim)
+    assert sides == [32 // stem_stride] and backbone.embed_dim == embed_dim
+    assert sum(weight.numel() for weight in backbone.parameters()) == pytest.approx(parameters, rel=0.01)
+
+
+# A layer after the pooling, and two class tokens.
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "deit_tiny_distilled_patch16_224"])
+def test_timm_backbone_returns_features_of_embed_dim(name):
+    with torch.device("meta"):
+        backbone = build_backbone(f"timm/{name}", image_size=48).eval()
+        assert backbone(torch.empty(2, 3, 48, 48)).shape == (2, backbone.embed_dim)
+        assert backbone.state_dict().keys() == timm.create_model(name, num_classes=0).state_dict().keys()
 
 
 @pytest.mark.parametrize("arch, hint", [
-    ("vit_smal", "vit_small"), ("resnet51", "resnet50"), ("timm/convnext_tinny", "timm/convnext_tiny"),
-    ("convnext_tiny", "timm/convnext_tiny"), ("timm/hf-hub:owner/name", "timm/NAME"), ("", "vit_tiny")])
-def test_unknown_arch(arch, hint):
-    with pytest.raises(ValueError) as error:
-        build_backbone(arch)
-    message = str(error.value)
-    assert repr(arch) in message and hint in message and "\n" not in message
+    ("vit_gigant", "did you mean vit_tiny "), ("resnet51", "did you mean resnet50 "),
+    ("cifar/smal", "did you mean cifar/small "), ("timm/convnext_tinny", "did you mean timm/convnext_tiny "),
+    ("convnext_tiny", "did you mean timm/convnext_tiny "), ("timm/hf-hub:owner/name", ""),
+    ("", "Choose from ")])
+def test_unknown_arch_is_named_before_its_patch_size(arch, hint):
+    with pytest.raises(ValueError, match=f"^unknown arch '{arch}': {hint}.*, cifar/tiny, or timm/NAME$"):
+        build_backbone(arch, patch_size=0)
 
 
-@pytest.mark.parametrize("build", [small_vit, partial(build_backbone, "resnet18"), partial(build_backbone, "timm/convnext_atto")],
-                         ids=["vit", "resnet", "timm"])
+@pytest.mark.parametrize("build", [
+    partial(small_vit, drop_path_rate=0.5), partial(build_backbone, "cifar/small"),
+    partial(build_backbone, "timm/test_convnext")])
 def test_grad_checkpointing_changes_nothing_but_memory(build):
-    """Same features, gradients and batch norm buffers after a step on two resolutions, and less kept for the backward pass."""
-    torch.manual_seed(0)
-    plain = build().double().train()
+    """The same features, gradients and buffers after two resolutions, and less kept for the backward pass."""
+    plain = build().double()
     checkpointed = copy.deepcopy(plain)
-    checkpointed.set_grad_checkpointing()
-    kept = {}
+    checkpointed.set_grad_checkpointing(True)
+    weights, kept = sum(parameter.nbytes for parameter in plain.parameters()), {}
     for network in (plain, checkpointed):
         storages = {}
 
         def pack(tensor):
-            storages[tensor.untyped_storage().data_ptr()] = tensor          # holds it, so that no address is used twice
+            storages[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            features = torch.cat([network(images(2, size, dtype=torch.float64)) for size in (64, 32)])
-        kept[network] = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
-        features.square().sum().backward()
-    assert kept[checkpointed] < 0.8 * kept[plain]
-    for (name, expected), actual in zip(plain.named_parameters(), checkpointed.parameters()):
-        assert torch.allclose(actual.grad, expected.grad, rtol=1e-9, atol=1e-12), name
-    for (name, expected), actual in zip(plain.named_buffers(), checkpointed.buffers()):
-        assert torch.equal(actual, expected), name
-    assert checkpointed.eval()(images(2, 32, dtype=torch.float64)).equal(plain.eval()(images(2, 32, dtype=torch.float64)))
-
-
-def test_grad_checkpointing_replays_drop_path():
-    plain = small_vit(drop_path_rate=0.5)
-    checkpointed = copy.deepcopy(plain)
-    checkpointed.set_grad_checkpointing()
-    for network in (plain, checkpointed):
         torch.manual_seed(1)
-        network(images(4, 32, dtype=torch.float64)).square().sum().backward()
-    for expected, actual in zip(plain.parameters(), checkpointed.parameters()):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            features = torch.cat([network(images(2, size)) for size in (64, 32)])
+        kept[network] = sum(tensor.untyped_storage().nbytes() for tensor in storages.values()) - weights
+        features.square().sum().backward()
+    assert kept[checkpointed] < 0.6 * kept[plain]
+    for expected, actual in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         assert_close(actual.grad, expected.grad, 1e-9)
+    for expected, actual in zip(plain.buffers(), checkpointed.buffers(), strict=True):
+        assert torch.equal(actual, expected)
 
 
-# --- projection head ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("build", [
+    partial(build_backbone, "timm/mobilenetv3_small_100"), partial(build_backbone, "timm/efficientnet_b0"),
+    partial(build_backbone, "timm/regnety_002"),
+    lambda: MultiCropNet(build_backbone("cifar/tiny"), mlp_head(64, (8, 4))),
+    lambda: ProjectionHead(3 * 64 * 64, 4, hidden_dim=8, bottleneck_dim=4, use_bn=True)])
+@torch.no_grad()
+def test_sync_batchnorm_computes_the_same(build):
+    network, x = build().eval(), images(2, 64, dtype=torch.float32)
+    x = x.flatten(1) if isinstance(network, ProjectionHead) else x
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = 0.0  # as in a teacher
+    expected, keys = network(x), network.state_dict().keys()
+    network = convert_sync_batchnorm(network)
+    assert F.cosine_similarity(network(x), expected, dim=-1).min() > 1 - 1e-5
+    converted = [module for module in network.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert len(converted) == len(norms) > 0 and all(norm.momentum == 0.0 for norm in converted)
+    assert network.state_dict().keys() == keys
 
-@pytest.mark.parametrize("layers", [1, 2, 3])
-@pytest.mark.parametrize("use_bn", [False, True])
+
+def batch_norm(x):
+    return (x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize("layers, use_bn", [(1, False), (3, False), (3, True)])
 def test_projection_head_equals_its_formula(layers, use_bn):
-    torch.manual_seed(0)
     head = ProjectionHead(6, 10, hidden_dim=8, bottleneck_dim=4, layers=layers, use_bn=use_bn).double()
-    x = torch.randn(5, 6, dtype=torch.float64)
-    hidden = x
-    linears = [module for module in head.mlp if isinstance(module, torch.nn.Linear)]
+    hidden = x = torch.randn(5, 6, dtype=torch.float64)
+    linears = [module for module in head.mlp if isinstance(module, nn.Linear)]
     assert [linear.out_features for linear in linears] == [8] * (layers - 1) + [4]
     for linear in linears[:-1]:
         hidden = hidden @ linear.weight.T + linear.bias
-        if use_bn:
-            hidden = (hidden - hidden.mean(0)) / (hidden.var(0, correction=0) + 1e-5).sqrt()
+        hidden = batch_norm(hidden) if use_bn else hidden
         hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
     hidden = hidden @ linears[-1].weight.T + linears[-1].bias
     v = head.last_layer.parametrizations.weight.original1
-    cosine = (hidden / hidden.norm(dim=1, keepdim=True)) @ (v / v.norm(dim=1, keepdim=True)).T
-    assert_close(head(x), cosine)
+    assert_close(head(x), F.normalize(hidden) @ F.normalize(v).T)
 
 
 def test_projection_head_starts_as_dino():
     head = ProjectionHead(384, 64)
-    for linear in head.mlp[0], head.mlp[2], head.mlp[4]:
-        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.02) and not linear.bias.any()
-    assert [head.mlp[i].out_features for i in (0, 2, 4)] == [2048, 2048, 256]                   # DINO's keys, too
-    assert head.last_layer.bias is None
+    assert [key for key in head.state_dict() if "last_layer" not in key] == [
+        f"mlp.{layer}.{name}" for layer in (0, 2, 4) for name in ("weight", "bias")]
+    for linear, width in [(head.mlp[0], 2048), (head.mlp[2], 2048), (head.mlp[4], 256)]:
+        assert linear.out_features == width and not linear.bias.any()
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.02)
 
 
 @pytest.mark.parametrize("norm_last_layer", [True, False])
 def test_norm_last_layer_holds_the_lengths_of_its_rows(norm_last_layer):
     head = ProjectionHead(6, 10, norm_last_layer=norm_last_layer)
-    optimizer = torch.optim.SGD([p for p in head.parameters() if p.requires_grad], lr=1.0)
-    before = head.last_layer.weight.detach().clone()
-    head(torch.randn(5, 6)).square().sum().backward()
-    optimizer.step()
-    lengths = head.last_layer.weight.norm(dim=1)
-    assert not torch.allclose(head.last_layer.weight, before)
-    assert torch.allclose(lengths, torch.ones(10)) == norm_last_layer
-
-
-def test_projection_head_can_be_copied_for_a_teacher():
-    head = ProjectionHead(6, 10)
-    x = torch.randn(5, 6)
-    head(x).sum().backward()                            # after a step, when torch's older weight norm could not be copied
     teacher = copy.deepcopy(head)
-    assert torch.equal(teacher(x), head(x))
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.add_(torch.randn_like(parameter))
-    assert not torch.allclose(teacher(x), head(x))
-    teacher.load_state_dict(head.state_dict())
-    assert torch.equal(teacher(x), head(x))
+    head(torch.randn(5, 6)).square().sum().backward()
+    copy.deepcopy(head)  # after a step, when torch's older weight norm could not be copied
+    torch.optim.SGD([p for p in head.parameters() if p.requires_grad], lr=1.0).step()
+    assert not torch.allclose(head.last_layer.weight, teacher.last_layer.weight)
+    assert torch.allclose(head.last_layer.weight.norm(dim=1), torch.ones(10)) == norm_last_layer
 
 
-def test_projection_head_without_layers():
-    with pytest.raises(ValueError, match="at least one layer, got 0"):
-        ProjectionHead(6, 10, layers=0)
+def test_mlp_head_equals_its_formula():
+    head, x = mlp_head(6, (8, 7, 5)).double(), torch.randn(4, 6, dtype=torch.float64)
+    assert [type(layer) for layer in head] == [nn.Linear, nn.BatchNorm1d, nn.ReLU] * 2 + [nn.Linear]
+    assert head[0].bias is None and head[3].bias is None
+    hidden = batch_norm(x @ head[0].weight.T).clamp(min=0)
+    hidden = batch_norm(hidden @ head[3].weight.T).clamp(min=0)
+    assert_close(head(x), hidden @ head[6].weight.T + head[6].bias)
+    assert list(mlp_head(6, (5,)).state_dict()) == ["0.weight", "0.bias"]
 
-
-# --- multi-crop ---------------------------------------------------------------------------------------------------------
 
 def multi_crop_net():
     vit = small_vit()
     return MultiCropNet(vit, ProjectionHead(vit.embed_dim, 16, hidden_dim=32, bottleneck_dim=8).double())
 
 
-def views(sizes, count=3):
-    return [images(count, size, seed=seed, dtype=torch.float64) for seed, size in enumerate(sizes)]
-
-
-@pytest.mark.parametrize("sizes, runs", [([32, 32, 16, 16, 16], [(6, 32), (9, 16)]), ([32, 32], [(6, 32)]), ([32], [(3, 32)]),
+@pytest.mark.parametrize("sizes, runs", [([32, 32, 16, 16, 16], [(6, 32), (9, 16)]), ([32], [(3, 32)]),
                                          ([16, 32, 16], [(3, 16), (3, 32), (3, 16)])])
 def test_multi_crop_equals_one_view_at_a_time(sizes, runs):
-    network, batches = multi_crop_net(), []
-    expected = torch.stack([network.head(network.backbone(view)) for view in views(sizes)])
-    network.backbone.register_forward_pre_hook(lambda module, inputs: batches.append((len(inputs[0]), inputs[0].shape[-1])))
-    heads = []
-    network.head.register_forward_pre_hook(lambda module, inputs: heads.append(len(inputs[0])))
-    actual = network(views(sizes))
-    assert actual.shape == (len(sizes), 3, 16)
-    assert_close(actual, expected)
+    network, batches, heads = multi_crop_net(), [], []
+    views = [images(3, size, seed=seed) for seed, size in enumerate(sizes)]
+    expected = torch.cat([network(view) for view in views])  # a tensor is a single view
+    assert torch.equal(expected[0], network.head(network.backbone(views[0])))
+    network.backbone.register_forward_pre_hook(lambda _, x: batches.append((len(x[0]), x[0].shape[-1])))
+    network.head.register_forward_pre_hook(lambda _, x: heads.append(len(x[0])))
+    assert_close(network(views), expected)
     assert batches == runs and heads == [3 * len(sizes)]
 
 
-def test_a_tensor_is_a_single_view():
-    network, x = multi_crop_net(), images(3, 32, dtype=torch.float64)
-    assert torch.equal(network(x), network([x]))
-    assert network(x).shape == (1, 3, 16)
+def test_two_views_share_their_batch_norm():
+    network = MultiCropNet(build_backbone("cifar/tiny"), mlp_head(64, (8, 4)))
+    views = [images(3, 32, seed=seed, dtype=torch.float32) for seed in (0, 1)]
+    expected = network.head(network.backbone(torch.cat(views))).chunk(2)
+    assert torch.equal(network(views), torch.stack(expected))
 
 
-@pytest.mark.parametrize("batch", [[], [images(4, 32), images(12, 16)]], ids=["none", "other numbers"])
-def test_views_of_other_images(batch):
+@pytest.mark.parametrize("counts", [[], [4, 12]])
+def test_views_of_other_images(counts):
     with pytest.raises(ValueError, match="views must be of the same images"):
-        multi_crop_net()(batch)
+        MultiCropNet(nn.Flatten(), nn.Identity())([images(count, 2) for count in counts])
 
 
 def test_multi_crop_compiles_into_one_graph():
-    network, batch = multi_crop_net(), views([32, 32, 16])
-    network.backbone.blocks = network.backbone.blocks[:1]
-    compiled = torch.compile(network, backend="eager", fullgraph=True)
-    assert_close(compiled(batch), network(batch))
+    backbone = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    network = MultiCropNet(backbone, ProjectionHead(12, 6, hidden_dim=8, bottleneck_dim=4).double())
+    views = [images(3, size, seed=seed) for seed, size in enumerate([32, 32, 16])]
+    assert_close(torch.compile(network, backend="eager", fullgraph=True)(views), network(views))
