@@ -44,10 +44,10 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("objective")
     utils.add_objective_flags(group, RECIPES)
-    add = group.add_argument
-    add("--warmup_teacher_temp", type=positive_float, default=0.04, help="released-imagenet: first temperature")
-    add("--teacher_temp", type=positive_float, default=0.07, help="released-imagenet: final temperature")
-    add("--warmup_teacher_temp_epochs", type=non_negative_int, default=30, help="released-imagenet: epochs between them")
+    add, released = group.add_argument, "released-imagenet: "
+    add("--warmup_teacher_temp", type=positive_float, default=0.04, help=released + "first temperature")
+    add("--teacher_temp", type=positive_float, default=0.07, help=released + "final temperature")
+    add("--warmup_teacher_temp_epochs", type=non_negative_int, default=30, help=released + "epochs between")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--optimizer", choices=("adamw", "sgd", "lars"), default="adamw", help="sgd and lars: momentum 0.9")
@@ -175,9 +175,9 @@ class MultiCropImages(Dataset):
 class Run:
     """A training run, built from the flags: data, networks, objective, optimiser, and how far it has come.
 
-    Another objective takes the place of `criterion`. It is called as criterion.teacher_student(targets, views)
-    or, without a teacher, criterion(z0, z1), and has `param_groups(lr)`, of its own parameters, and `means`, the
-    mean positive and negative score of the last call.
+    Another objective replaces `criterion`. It is called as criterion.teacher_student(targets, embeddings) or as
+    criterion(z0, z1), and has `param_groups(lr)`, of its own parameters, and `means`, the mean positive and
+    negative score of the last call.
     """
 
     def __init__(self, args, device):
@@ -245,8 +245,8 @@ class Run:
         """Resumes from `state`, the checkpoint at `path`. UserError for another network, batch or data."""
         utils.check_same_data(state, self.images.checksum, path)
         if state["batch_size"] != self.batch_size:
-            raise UserError(f"{path} was trained on batches of {state['batch_size']} images, here they are of "
-                            f"{self.batch_size}; change --batch_size_per_gpu or the number of processes")
+            raise UserError(f"{path} was trained on batches of {state['batch_size']} images, here they "
+                            f"have {self.batch_size}; change --batch_size_per_gpu or the number of processes")
         utils.load_parts(state, self.parts(), path)
         self.epoch, self.step = state["epoch"], state["step"]
         self.sums, self.sums_at_last_log = Counter(state["sums"]), Counter(state["sums_at_last_log"])
@@ -322,7 +322,7 @@ def train_one_epoch(run, log, save, interruption):
         for number, (crops, replaced) in enumerate(micro_batches, 1):
             generator.manual_seed(utils.stream_seed(args.seed, run.epoch, step, number))
             views = run.augment(crops.to(run.device), generator, rank, world)         # V of [B, 3, S, S]
-            local = world > 1 and number < args.accum_iter                        # else gradients are averaged
+            local = world > 1 and number < args.accum_iter                       # else gradients are averaged
             with network.no_sync() if local else nullcontext():
                 with utils.autocast(run.device, run.amp_dtype):
                     embeddings = network(views)                                       # [V, B, D]
@@ -499,8 +499,8 @@ def announce(run):
           f"{run.amp_dtype or torch.float32}; {run.steps} steps per epoch of {run.images_per_step} images\n"
           f"from epoch {run.epoch + 1}, step {run.step + 1}, to epoch {args.epochs}; {args.output_dir}")
     if args.warmup_epochs >= args.epochs:
-        print(f"note: --warmup_epochs {args.warmup_epochs:g} outlasts --epochs {args.epochs}: the learning rate "
-              "does not reach its peak", flush=True)
+        print(f"note: --warmup_epochs {args.warmup_epochs:g} outlasts --epochs {args.epochs}; the learning "
+              "rate ends below its peak", flush=True)
 
 
 if __name__ == "__main__":
