@@ -175,7 +175,7 @@ class MultiCropImages(Dataset):
 class Run:
     """A training run, built from the flags: data, networks, objective, optimiser, and how far it has come.
 
-    Another objective replaces `criterion`. It is called as criterion.teacher_student(targets, embeddings) or as
+    Another objective replaces `criterion`. It is called as criterion.teacher_student(targets, views), or as
     criterion(z0, z1), and has `param_groups(lr)`, of its own parameters, and `means`, the mean positive and
     negative score of the last call.
     """
