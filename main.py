@@ -150,7 +150,7 @@ class MultiCropImages(Dataset):
         self.folder, self.skip_bad = args.data_path, args.skip_bad_images
         if args.dataset:
             self.source = build_dataset(args.dataset, self.folder, "train", download=args.download)
-        elif {"train", "val"} <= (names := set(os.listdir(self.folder))) or {"train", "test"} <= names:
+        elif (self.folder / "train").exists() and {"val", "test"} & {*os.listdir(self.folder)}:
             raise UserError(f"{self.folder} holds test images too; give --data_path {self.folder / 'train'}")
         else:
             self.source = image_files(self.folder)
@@ -175,9 +175,9 @@ class MultiCropImages(Dataset):
 class Run:
     """A training run, built from the flags: data, networks, objective, optimiser, and how far it has come.
 
-    Another objective replaces `criterion`. It is called as criterion.teacher_student(targets, views), or as
-    criterion(z0, z1), and has `param_groups(lr)`, of its own parameters, and `means`, the mean positive and
-    negative score of the last call.
+    Another objective replaces `criterion`. It is called as criterion.teacher_student(targets, embeddings) or
+    criterion(z0, z1), and has `means`, the last mean positive and negative score, and `param_groups(lr)`,
+    of its own parameters, whose gradients must be equal on all ranks.
     """
 
     def __init__(self, args, device):
@@ -198,6 +198,7 @@ class Run:
         world = distributed.world_size()
         self.batch_size = args.batch_size_per_gpu * world  # images that the objective sees at once
         self.images_per_step = self.batch_size * args.accum_iter
+        self.peak_lr = args.lr * self.images_per_step / 256
         self.steps = len(self.images) // self.images_per_step  # per epoch
         if self.steps == 0:
             raise UserError(f"a step takes {self.images_per_step} images, more than the data set's "
@@ -213,27 +214,17 @@ class Run:
             self.network = DistributedDataParallel(self.network, broadcast_buffers=False)
         self.optimizer = build_optimizer(self)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
+        self.parts = {"student": self.student, **({"teacher": self.teacher} if self.teacher else {}),
+                      "loss": self.criterion, "optimizer": self.optimizer, "scaler": self.scaler}
+        self.eval_backbone = (self.teacher or self.student).backbone
+        self.description = Description(args.arch, args.patch_size if args.arch in VIT_ARCHS else None,
+                                       args.global_crops_size, IMAGENET_MEAN, IMAGENET_STD)
         self.epoch = self.step = 0  # the next to run; step counts within the epoch
         self.sums, self.sums_at_last_log = Counter(), Counter()  # over the steps of the epoch, by name
 
-    @property
-    def eval_backbone(self):
-        return (self.teacher or self.student).backbone
-
-    @property
-    def description(self):
-        """What the evaluation scripts must know of the backbone."""
-        arch, patch_size, size = self.args.arch, self.args.patch_size, self.args.global_crops_size
-        return Description(arch, patch_size if arch in VIT_ARCHS else None, size, IMAGENET_MEAN, IMAGENET_STD)
-
-    def parts(self):
-        teacher = {"teacher": self.teacher} if self.teacher else {}
-        return {"student": self.student, **teacher, "loss": self.criterion, "optimizer": self.optimizer,
-                "scaler": self.scaler}
-
     def state_dict(self):
         """The checkpoint. UserError if a weight or a buffer is not finite: nothing of it must be saved."""
-        state = {name: part.state_dict() for name, part in self.parts().items()}
+        state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(torch.isfinite(x).all() for part in ("student", "loss") for x in state[part].values()):
             raise UserError(utils.diverged("a weight", self.epoch, self.step))
         return state | {"backbone": self.description._asdict(), "epoch": self.epoch, "step": self.step,
@@ -247,7 +238,7 @@ class Run:
         if state["batch_size"] != self.batch_size:
             raise UserError(f"{path} was trained on batches of {state['batch_size']} images, here they "
                             f"have {self.batch_size}; change --batch_size_per_gpu or the number of processes")
-        utils.load_parts(state, self.parts(), path)
+        utils.load_parts(state, self.parts, path)
         self.epoch, self.step = state["epoch"], state["step"]
         self.sums, self.sums_at_last_log = Counter(state["sums"]), Counter(state["sums_at_last_log"])
 
@@ -282,23 +273,21 @@ def build_optimizer(run):
     for name, parameter in run.student.named_parameters():
         if parameter.requires_grad:
             (others if parameter.ndim == 1 or name.endswith("original0") else decayed).append(parameter)
-    peak = run.args.lr * run.images_per_step / 256
-    groups = [{"params": decayed, "lr": peak}, {"params": others, "lr": peak, "weight_decay": 0.0},
+    groups = [{"params": decayed, "lr": run.peak_lr}, {"params": others, "lr": run.peak_lr},
               *run.criterion.param_groups(run.args.weights_lr or 0.0)]
-    groups = [{**group, "lr_scale": group["lr"] / peak} for group in groups]
+    groups = [{**group, "lr_scale": group["lr"] / run.peak_lr} for group in groups]
     if run.args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=run.device.type in ("cpu", "cuda"))
+        return torch.optim.AdamW(groups, weight_decay=0.0, fused=run.device.type in ("cpu", "cuda"))
     return (torch.optim.SGD if run.args.optimizer == "sgd" else Lars)(groups, momentum=0.9)
 
 
 def make_loader(run):
     """This rank's part of the batches left of the epoch. A crop depends on the image's index, the epoch and
     the seed alone, not on the worker or rank."""
-    args, first = run.args, distributed.rank() * run.args.batch_size_per_gpu
-    done = run.step * args.accum_iter
-    batches = utils.epoch_batches(len(run.images), run.batch_size, args.seed, run.epoch, done)
-    keys = ([(index, utils.stream_seed(args.seed, run.epoch, index))
-             for index in batch[first:first + args.batch_size_per_gpu].tolist()] for batch in batches)
+    args, size, done = run.args, run.args.batch_size_per_gpu, run.step * run.args.accum_iter
+    own = slice(distributed.rank() * size, (distributed.rank() + 1) * size)
+    keys = ([(index, utils.stream_seed(args.seed, run.epoch, index)) for index in batch[own].tolist()]
+            for batch in utils.epoch_batches(len(run.images), run.batch_size, args.seed, run.epoch, done))
     return DataLoader(run.images, batch_sampler=keys, num_workers=args.num_workers,
                       pin_memory=run.device.type == "cuda", worker_init_fn=utils.leave_group)
 
@@ -316,23 +305,23 @@ def train_one_epoch(run, log, save, interruption):
         micro_batches = [next(batches) for _ in range(args.accum_iter)]
         waited = time.monotonic() - started
         momentum = set_schedules(run)
-        torch.manual_seed(utils.stream_seed(args.seed, rank, run.epoch, step))        # of stochastic depth
+        torch.manual_seed(utils.stream_seed(args.seed, rank, run.epoch, step))  # of stochastic depth
         run.optimizer.zero_grad()
         means, skipped = torch.zeros(3, device=run.device), 0
         for number, (crops, replaced) in enumerate(micro_batches, 1):
             generator.manual_seed(utils.stream_seed(args.seed, run.epoch, step, number))
-            views = run.augment(crops.to(run.device), generator, rank, world)         # V of [B, 3, S, S]
-            local = world > 1 and number < args.accum_iter                       # else gradients are averaged
-            with network.no_sync() if local else nullcontext():
+            views = run.augment(crops.to(run.device), generator, rank, world)   # V of [B, 3, S, S]
+            averaging = world == 1 or number == args.accum_iter                 # gradients over ranks
+            with nullcontext() if averaging else network.no_sync():
                 with utils.autocast(run.device, run.amp_dtype):
-                    embeddings = network(views)                                       # [V, B, D]
+                    embeddings = network(views)                                 # [V, B, D]
                     if teacher is None:
                         loss = criterion(*embeddings)
                     else:
                         with torch.no_grad():
-                            targets = teacher(views[:2])                              # [2, B, D]
+                            targets = teacher(views[:2])                        # [2, B, D]
                         loss = criterion.teacher_student(targets, embeddings)
-                scaler.scale(loss / args.accum_iter).backward()  # network, a, b descend; alpha ascends
+                scaler.scale(loss / args.accum_iter).backward()                 # only alpha ascends
             means += torch.stack([loss.detach(), *criterion.means]) / (args.accum_iter * world)
             skipped += replaced.sum().item()
         loss, positive, negative, skipped, interrupted = distributed.sum_of_floats(
@@ -366,11 +355,11 @@ def train_one_epoch(run, log, save, interruption):
 def set_schedules(run):
     """Sets the learning rates, weight decay and teacher temperature of a step. Returns the EMA momentum."""
     args, at, total = run.args, run.epoch * run.steps + run.step, run.args.epochs * run.steps
-    groups, peak = run.optimizer.param_groups, args.lr * run.images_per_step / 256
-    lr = utils.cosine_schedule(at, total, peak, args.min_lr, round(args.warmup_epochs * run.steps))
-    for group in groups:
+    lr = utils.cosine_schedule(at, total, run.peak_lr, args.min_lr, round(args.warmup_epochs * run.steps))
+    for group in run.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-    groups[0]["weight_decay"] = utils.cosine_schedule(at, total, args.weight_decay, args.weight_decay_end)
+    decayed = run.optimizer.param_groups[0]
+    decayed["weight_decay"] = utils.cosine_schedule(at, total, args.weight_decay, args.weight_decay_end)
     if args.preset == "released-imagenet":
         part, first = min(1, run.epoch / max(1, args.warmup_teacher_temp_epochs)), args.warmup_teacher_temp
         run.criterion.teacher_temp = first + part * (args.teacher_temp - first)
@@ -414,7 +403,7 @@ def make_record(run, since_last_log=False):
     return {"epoch": run.epoch, **step, "train_loss": sums["train_loss"] / steps, "train_lr": group["lr"],
             "train_wd": group["weight_decay"], "positive": sums["positive"] / steps,
             "negative": sums["negative"] / steps,
-            **{name: weight.item() for name, weight in run.criterion.named_parameters()},
+            **{name: p.item() for name, p in run.criterion.named_parameters() if p.ndim == 0},
             "images_per_s": steps * run.images_per_step / seconds, "data_wait": sums["waited"] / seconds,
             "memory_gb": utils.peak_memory(run.device) / 1e9, "hours_left": left * seconds / steps / 3600,
             **({"skipped": round(sums["skipped"])} if args.skip_bad_images else {})}

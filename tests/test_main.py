@@ -1,4 +1,4 @@
-"""Multi-crop pretraining: the script as users run it, on one and two ranks, and its parts against formulas."""
+"""Pretraining: the script as its users run it, on one and two ranks, and its parts against formulas."""
 import copy
 import functools
 import os
@@ -23,12 +23,13 @@ from conftest import ROOT, run_ranks
 from PIL import Image
 from torch import nn
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 CLOCKS = ("images_per_s", "data_wait", "memory_gb", "hours_left")  # what no two runs share
 SMALL = ["--arch", "vit_tiny", "--patch_size", "8", "--global_crops_size", "16", "--local_crops_size", "8",
-         "--local_crops_number", "2", "--out_dim", "32", "--num_workers", "0", "--amp", "none", "--print_freq", "2",
-         "--batch_size_per_gpu", "6", "--epochs", "2", "--device", "cpu"]
+         "--local_crops_number", "2", "--out_dim", "32", "--num_workers", "0", "--amp", "none",
+         "--device", "cpu", "--print_freq", "2", "--batch_size_per_gpu", "6", "--epochs", "2"]
 NO_SIGNAL = SimpleNamespace(signal=None)
 
 
@@ -162,11 +163,11 @@ def test_contradictions_on_resume(images, finished, tmp_path):
 
 # ------------------------------------------------------------------------------------------------- two ranks
 
-@pytest.mark.parametrize("batch, accumulated", [(6, "1"), (4, "2")])
-def test_two_ranks_equal_one_at_the_same_global_batch(images, tmp_path, batch, accumulated):
+@pytest.mark.parametrize("batch, steps", [(6, "1"), (4, "2")])
+def test_two_ranks_equal_one_at_the_same_global_batch(images, tmp_path, batch, steps):
     # SGD: Adam would blow up the rounding of gradients that are 0 by right, such as those of the keys' biases
     more = ["--epochs", "1", "--drop_path_rate", "0", "--optimizer", "sgd", "--lr", "10",
-            "--warmup_epochs", "0", "--freeze_last_layer", "0", "--weights_lr", "0.1", "--accum_iter", accumulated]
+            "--warmup_epochs", "0", "--freeze_last_layer", "0", "--weights_lr", "0.1", "--accum_iter", steps]
     main.main(flags(images, tmp_path / "one", *more, "--batch_size_per_gpu", str(batch)))
     two = flags(images, tmp_path / "two", *more, "--batch_size_per_gpu", str(batch // 2))
     both = interrupt.run_ranks(two, tmp_path, main)
@@ -226,9 +227,9 @@ def test_a_fault_of_a_rank_ends_all(images, tmp_path):
 
 
 def test_ranks_with_different_checkpoints_do_not_start(images, two_ranks, tmp_path):
-    shutil.copytree(two_ranks[0], tmp_path / "run0")                            # not shared with the other host
-    results = interrupt.run_ranks(lambda rank: flags(images, tmp_path / f"run{rank}", *two_ranks[1]), tmp_path,
-                                  main)
+    shutil.copytree(two_ranks[0], tmp_path / "run0")                               # not on the other host
+    arguments = lambda rank: flags(images, tmp_path / f"run{rank}", *two_ranks[1])  # noqa: E731
+    results = interrupt.run_ranks(arguments, tmp_path, main)
     assert [result.returncode for result in results] == [2, 2]
     assert "processes see different checkpoints or images" in results[0].stderr
 
@@ -245,23 +246,28 @@ def test_ranks_share_the_running_statistics(images, tmp_path):
 
 # ------------------------------------------------------------------------------------------------- launchers
 
-def launch(launcher, arguments):
-    """A launcher's command, run to its end."""
-    command = [sys.executable, "-m", *launcher, "--nproc_per_node=2", str(ROOT / "main.py"), *arguments]
-    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-                          timeout=120)
-
-
 def test_the_old_launcher(images, tmp_path):
-    launcher = ["torch.distributed.launch", f"--master_port={interrupt.free_port()}"]
-    result = launch(launcher, flags(images, tmp_path / "run", "--batch_size_per_gpu", "10", "--epochs", "1"))
+    command = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", "--nnodes=1",
+               f"--master_port={interrupt.free_port()}", str(ROOT / "main.py"),
+               *flags(images, tmp_path / "run", "--batch_size_per_gpu", "10", "--epochs", "1")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "2 x cpu" in result.stdout and load(tmp_path / "run")["epoch"] == 1
 
 
-def test_torchrun_ends_with_the_mistake():
-    result = launch(["torch.distributed.run", "--standalone"], ["--epochs", "x"])
-    assert result.returncode == 1 and "error: argument --epochs" in result.stderr.splitlines()[-2]  # before =====
+def torchrun(script, folder, **options):
+    """What torchrun does, with two forks of this process that call script(); their output is in `folder`."""
+    logs = DefaultLogsSpecs(str(folder), redirects=Std.ALL)
+    config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", monitor_interval=0.1,
+                          start_method="fork", logs_specs=logs, **options)
+    elastic_launch(config, script)()
+
+
+def test_torchrun_ends_with_the_mistake(tmp_path):
+    with pytest.raises(ChildFailedError) as error:
+        torchrun(lambda: utils.run_script(lambda: main.main(["--epochs", "x"])), tmp_path)
+    assert "error: argument --epochs: must be" in str(error.value).strip().splitlines()[-2]
 
 
 def test_torchrun_restarts_and_the_run_resumes_by_itself(images, tmp_path):
@@ -272,10 +278,7 @@ def test_torchrun_restarts_and_the_run_resumes_by_itself(images, tmp_path):
             interrupt._arm("step", 5, "KILL")
             os.setsid()
         utils.run_script(lambda: main.main(flags(images, tmp_path / "run", "--batch_size_per_gpu", "3")))
-    logs = DefaultLogsSpecs(str(tmp_path / "logs"), redirects=Std.ALL)
-    config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=1,
-                          monitor_interval=0.1, start_method="fork", logs_specs=logs)
-    elastic_launch(config, script)()
+    torchrun(script, tmp_path / "logs", max_restarts=1)
     printed = [path.read_text() for path in sorted((tmp_path / "logs").rglob("0/stdout.log"))]
     assert len(printed) == 2 and "from epoch 2, step 1" in printed[1]
     assert load(tmp_path / "run")["epoch"] == 2
@@ -408,7 +411,7 @@ def test_loss_and_gradients_are_the_means_over_micro_batches(images, tmp_path, t
     losses = []
     for views in views_of_first_step(run):
         student = torch.cat([run.student(view) for view in views])                 # [V, B, D]
-        targets = student[:2].detach()                                             # the teacher starts as a copy
+        targets = student[:2].detach()                                          # the teacher starts as a copy
         losses.append(run.criterion.teacher_student(targets, student) if teacher == "ema"
                       else run.criterion(*student))
     parameters = [p for part in (run.student, run.criterion) for p in part.parameters() if p.requires_grad]
@@ -458,7 +461,7 @@ def test_schedules_at_their_edges(images, tmp_path):
     rates, decays, momenta = zip(*seen)
     assert (*rates[:4], rates[-1]) == pytest.approx((peak / 3, peak * 2 / 3, peak, peak, 1e-3))
     assert (decays[0], decays[-1]) == pytest.approx((0.04, 0.4)) and (momenta[0], momenta[-1]) == (0.996, 1.0)
-    run = make_run(images, tmp_path, "--warmup_epochs", "10", "--epochs", "1")  # a warm-up longer than the run
+    run = make_run(images, tmp_path, "--warmup_epochs", "10", "--epochs", "1")  # longer than the run
     run.step = run.steps - 1
     main.set_schedules(run)
     assert run.optimizer.param_groups[0]["lr"] == pytest.approx(5e-4 * 6 / 256 * 3 / 30)
@@ -479,8 +482,8 @@ def test_the_released_objective_and_its_temperature(images, tmp_path):
 @pytest.mark.parametrize("optimizer, lr", [("adamw", "0.1"), ("sgd", "3"), ("lars", "30")])
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
 def test_every_optimizer_and_precision_learns(images, tmp_path, optimizer, lr, amp):
-    run = make_run(images, tmp_path, "--optimizer", optimizer, "--lr", lr, "--amp", amp, "--warmup_epochs", "0",
-                   "--freeze_last_layer", "0", "--momentum_teacher", "1")       # a teacher that stands still
+    run = make_run(images, tmp_path, "--optimizer", optimizer, "--lr", lr, "--amp", amp, "--warmup_epochs",
+                   "0", "--freeze_last_layer", "0", "--momentum_teacher", "1")  # the teacher stands still
     run.criterion.alpha.data.zero_()
     losses = [step(run) for _ in range(20 if amp == "fp16" else 6)]  # fp16 skips some until its scale fits
     assert losses[-1] < losses[0] - 1 and run.criterion.alpha > 0    # alpha ascends to the margin's violation
@@ -498,8 +501,8 @@ def test_activation_checkpointing_changes_no_weight(images, tmp_path):
 
 def test_timm_loads_the_exported_backbone_and_changes_its_size(finished):
     file = str(finished[0] / "backbone.safetensors")
-    create = functools.partial(timm.create_model, "vit_tiny_patch16_224", patch_size=8, embed_dim=32, num_heads=2,
-                               depth=2, num_classes=0)
+    create = functools.partial(timm.create_model, "vit_tiny_patch16_224", patch_size=8, embed_dim=32,
+                               num_heads=2, depth=2, num_classes=0)
     dynamic = create(img_size=16, dynamic_img_size=True, checkpoint_path=file)
     resampled = create(img_size=32, pretrained=True,
                        pretrained_cfg_overlay={"file": file, "custom_load": False, "num_classes": 0})
