@@ -1,30 +1,31 @@
 """Pretrains a ViT or ResNet with AUC-CL on multi-crop views, with an EMA teacher, on any number of processes.
 
-    python -m torch.distributed.launch --nproc_per_node=8 main.py --arch vit_small --data_path DIR --output_dir OUT
-    torchrun --nproc_per_node=8 main.py --arch resnet50 --data_path DIR --output_dir OUT    # or srun, or plain python
-    python main.py --teacher none --data_path DIR --output_dir OUT    # the paper's Algorithm 1: one network, two views
-    python main.py --preset released-imagenet ...                     # what the authors' released code optimises
+    torchrun --nproc_per_node=8 main.py --arch vit_small --data_path DIR --output_dir OUT
+    python -m torch.distributed.launch --nproc_per_node=8 main.py --data_path DIR --output_dir OUT   # or srun
+    python main.py --teacher none --data_path DIR    # the paper's Algorithm 1: one network, two views, no EMA
+    python main.py --preset released-imagenet ...    # what the authors' released code optimises
 
-DIR holds images, in class folders or not. The same command again resumes. Written to OUT: checkpoint.pth, log.txt
-(JSON records, the same as on the screen and in TensorBoard) and, at the end, curves.png and backbone.safetensors.
+DIR holds images, in class folders or not. The same command again resumes. Written to OUT: checkpoint.pth,
+log.txt (JSON records, those of the screen and TensorBoard); at the end curves.png and backbone.safetensors.
 """
-import contextlib
 import hashlib
 import math
 import os
 import time
-from contextlib import nullcontext
+from collections import Counter
+from contextlib import closing, nullcontext
 
 import utils
+from utils import UserError, boolean, non_negative_float, non_negative_int, positive_float, positive_int
 
 # Defaults by preset; the reasons for `paper`'s values stand in results/README.md.
 RECIPES = {
     "paper": dict(out_dim=1024, learn=("a", "b", "alpha"), weights_lr=1e-3, rand_augment="none", erasing=0.0),
-    "released-imagenet": dict(out_dim=65536, learn=(), weights_lr=None, rand_augment="rand-n2-m10-mstd0.5", erasing=0.2),
+    "released-imagenet": dict(out_dim=65536, learn=(), weights_lr=None, rand_augment="rand-n2-m10-mstd0.5",
+                              erasing=0.2),
 }
 FREE_ON_RESUME = ("output_dir", "data_path", "device", "dist_url", "local_rank", "num_workers", "print_freq",
-                  "save_every", "saveckp_freq", "knn_every", "knn_data_path", "skip_bad_images", "download",
-                  "batch_size_per_gpu")  # the batch of all ranks must stay, see check_batch
+                  "save_every", "saveckp_freq", "knn_every", "knn_data_path", "skip_bad_images", "download")
 
 
 def parse_args(argv=None):
@@ -32,64 +33,65 @@ def parse_args(argv=None):
     recipe = lambda text, name: utils.by_preset(text, RECIPES, name)  # noqa: E731
     span = dict(type=float, nargs=2, metavar=("MIN", "MAX"))
     add = parser.add_argument_group("network").add_argument
-    add("--arch", default="vit_small", help="vit_tiny, vit_small, vit_base, a ResNet of torchvision, or timm/NAME")
-    add("--patch_size", type=utils.positive_int, default=16, help="pixels a side of a ViT's patches")
-    add("--drop_path_rate", type=utils.number(float, 0, 0.99), default=0.1, help="stochastic depth of a ViT student")
-    add("--out_dim", type=utils.positive_int, help=recipe("width of the head's output", "out_dim"))
-    add("--norm_last_layer", type=utils.boolean, default=True, help="unit row norms of the head's last layer, held fixed")
-    add("--use_bn_in_head", type=utils.boolean, default=False, help="batch norm in the head")
-    add("--teacher", choices=("ema", "none"), default="ema", help="EMA of the student, or none: both views in one network")
-    add("--momentum_teacher", type=utils.probability, default=0.996, help="EMA momentum, raised to 1 by a cosine")
+    add("--arch", default="vit_small", help="vit_tiny, vit_small, vit_base, a ResNet, or timm/NAME")
+    add("--patch_size", type=positive_int, default=16, help="pixels a side of a ViT's patches")
+    add("--drop_path_rate", type=utils.probability, default=0.1, help="stochastic depth of a ViT student")
+    add("--out_dim", type=positive_int, help=recipe("width of the head's output", "out_dim"))
+    add("--norm_last_layer", type=boolean, default=True, help="fixed row norms of the head's last layer")
+    add("--use_bn_in_head", type=boolean, default=False, help="batch norm in the head")
+    add("--teacher", choices=("ema", "none"), default="ema", help="EMA of the student; none: symmetric views")
+    add("--momentum_teacher", type=utils.probability, default=0.996, help="EMA momentum; a cosine ends at 1")
 
     group = parser.add_argument_group("objective")
     utils.add_objective_flags(group, RECIPES)
-    add = group.add_argument
-    add("--warmup_teacher_temp", type=utils.positive_float, default=0.04, help="released-imagenet: first teacher temperature")
-    add("--teacher_temp", type=utils.positive_float, default=0.07, help="released-imagenet: final teacher temperature")
-    add("--warmup_teacher_temp_epochs", type=utils.non_negative_int, default=30,
-        help="released-imagenet: epochs from the first to the final temperature")
+    add, released = group.add_argument, "released-imagenet: "
+    add("--warmup_teacher_temp", type=positive_float, default=0.04, help=released + "first temperature")
+    add("--teacher_temp", type=positive_float, default=0.07, help=released + "final temperature")
+    add("--warmup_teacher_temp_epochs", type=non_negative_int, default=30, help=released + "epochs between")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--optimizer", choices=("adamw", "sgd", "lars"), default="adamw", help="optimiser; sgd and lars with momentum 0.9")
-    add("--lr", type=utils.positive_float, default=5e-4, help="peak learning rate for a batch of 256, scaled linearly")
-    add("--min_lr", type=utils.non_negative_float, default=1e-6, help="learning rate at the end of the cosine")
-    add("--warmup_epochs", type=utils.non_negative_float, default=10.0, help="linear warm-up epochs")
-    add("--weight_decay", type=utils.non_negative_float, default=0.04, help="weight decay at the start; none on biases, "
-        "norms, a, b and alpha")
-    add("--weight_decay_end", type=utils.non_negative_float, default=0.4, help="weight decay at the end of its cosine")
-    add("--clip_grad", type=utils.non_negative_float, default=3.0, help="largest gradient norm of each parameter; 0: none")
-    add("--freeze_last_layer", type=utils.non_negative_int, default=1, help="epochs with the head's last layer frozen")
-    add("--batch_size_per_gpu", type=utils.positive_int, default=64, help="images per batch of each process")
-    add("--accum_iter", type=utils.positive_int, default=1, help="gradient accumulation steps; negatives come from one "
-        "micro-batch, so it equals a larger batch in expectation, not in bits")
-    add("--epochs", type=utils.positive_int, default=100, help="passes over the data")
-    add("--amp", choices=("auto", "bf16", "fp16", "none"), help="autocast (default: auto, bf16 where the hardware has it)")
-    add("--use_fp16", type=utils.boolean, help="alias: true for --amp fp16, false for --amp none")
+    add("--optimizer", choices=("adamw", "sgd", "lars"), default="adamw", help="sgd and lars: momentum 0.9")
+    add("--lr", type=positive_float, default=5e-4, help="peak learning rate per 256 images, scaled linearly")
+    add("--min_lr", type=non_negative_float, default=1e-6, help="learning rate at the end of the cosine")
+    add("--warmup_epochs", type=non_negative_float, default=10.0, help="linear warm-up epochs")
+    add("--weight_decay", type=non_negative_float, default=0.04,
+        help="weight decay at the start; none on biases, norms, a, b and alpha")
+    add("--weight_decay_end", type=non_negative_float, default=0.4, help="weight decay at a cosine's end")
+    add("--clip_grad", type=non_negative_float, default=3.0, help="limit of each gradient's norm; 0: none")
+    add("--freeze_last_layer", type=non_negative_int, default=1, help="epochs with a frozen last layer")
+    add("--batch_size_per_gpu", type=utils.number(int, 2, 2**31), default=64, help="images per process")
+    add("--accum_iter", type=positive_int, default=1, help="gradient accumulation steps; negatives "
+        "come from one micro-batch, so it equals a larger batch in expectation, not in bits")
+    add("--epochs", type=positive_int, default=100, help="passes over the data")
+    add("--amp", choices=("auto", "bf16", "fp16", "none"),
+        help="autocast (default: auto, bf16 where the hardware has it)")
+    add("--use_fp16", type=boolean, help="alias: true for --amp fp16, false for --amp none")
     add("--grad_checkpointing", action="store_true", help="activation checkpointing: less memory, more time")
     add("--compile", action="store_true", help="compile the student: minutes at the start, then faster steps")
-    add("--seed", type=utils.non_negative_int, default=0, help="seed of weights, order, augmentation and stochastic depth")
+    add("--seed", type=non_negative_int, default=0, help="seed of weights, order, views and stochastic depth")
 
     add = parser.add_argument_group("views").add_argument
-    add("--global_crops_size", type=utils.positive_int, default=224, help="pixels a side of the two global views")
-    add("--global_crops_scale", **span, default=[0.4, 1.0], help="area of a global view, as a share of the image")
-    add("--local_crops_number", type=utils.non_negative_int, default=8, help="local views, seen by the student")
-    add("--local_crops_size", type=utils.positive_int, default=96, help="pixels a side of a local view")
-    add("--local_crops_scale", **span, default=[0.05, 0.4], help="area of a local view, as a share of the image")
+    add("--global_crops_size", type=positive_int, default=224, help="pixels a side of the two global views")
+    add("--global_crops_scale", **span, default=[0.4, 1.0], help="share of the image's area in a global view")
+    add("--local_crops_number", type=non_negative_int, default=8, help="local views, seen by the student")
+    add("--local_crops_size", type=positive_int, default=96, help="pixels a side of a local view")
+    add("--local_crops_scale", **span, default=[0.05, 0.4], help="share of the image's area in a local view")
     add("--blur_sigma", **span, default=[0.1, 2.0], help="standard deviation of the blur, in pixels")
-    add("--rand_augment", help=recipe("RandAugment of the global views, in timm's notation, or none", "rand_augment"))
-    add("--erasing", type=utils.probability, help=recipe("probability of erasing a box of the first global view", "erasing"))
+    add("--rand_augment", help=recipe("RandAugment of global views by timm's name, or none", "rand_augment"))
+    add("--erasing", type=utils.probability,
+        help=recipe("probability of erasing a box of the first global view", "erasing"))
 
     add = parser.add_argument_group("data and output").add_argument
-    add("--data_path", type=utils.path, required=True, help="folder of training images, or the root of --dataset")
-    add("--dataset", help="data set instead of a folder: cifar10, stl10, ... or hfds/NAME of the Hugging Face hub")
+    add("--data_path", type=utils.path, required=True, help="folder of training images, or root of --dataset")
+    add("--dataset", help="instead of a folder: cifar10, stl10, ... or hfds/NAME of the Hugging Face hub")
     add("--download", action="store_true", help="fetch --dataset if it is not in --data_path")
-    add("--skip_bad_images", action="store_true", help="replace images that cannot be decoded by the next one, and count them")
-    add("--num_workers", type=utils.non_negative_int, default=utils.default_workers(), help="loader workers per process")
+    add("--skip_bad_images", action="store_true", help="replacement of undecodable images by the next one")
+    add("--num_workers", type=non_negative_int, default=utils.default_workers(), help="loader workers")
     add("--output_dir", type=utils.path, default=utils.Path("."), help="output folder")
-    add("--saveckp_freq", type=utils.non_negative_int, default=20, help="epochs between checkpoints that are kept; 0: none")
-    add("--save_every", type=utils.positive_int, help="steps between checkpoints inside an epoch (default: at its end only)")
-    add("--print_freq", type=utils.positive_int, default=10, help="steps between records")
-    add("--knn_every", type=utils.positive_int, help="epochs between k-NN evaluations on --knn_data_path")
+    add("--saveckp_freq", type=non_negative_int, default=20, help="epochs between kept checkpoints; 0: none")
+    add("--save_every", type=positive_int, help="steps between checkpoints (default: one at an epoch's end)")
+    add("--print_freq", type=positive_int, default=10, help="steps between records")
+    add("--knn_every", type=positive_int, help="epochs between k-NN evaluations on --knn_data_path")
     add("--knn_data_path", type=utils.path, help="labelled images: folder with train/ and val/ (or test/)")
     utils.add_process_flags(parser)
     return complete_args(parser.parse_args(argv))
@@ -98,20 +100,22 @@ def parse_args(argv=None):
 def complete_args(args):
     """Fills in what other flags decide. UserError for flags that contradict each other."""
     utils.complete_objective_flags(args, RECIPES)
-    if args.preset == "released-imagenet" and args.teacher == "none":
-        raise utils.UserError("--preset released-imagenet needs a teacher; leave --teacher none out")
     if args.use_fp16 is not None:
         utils.refuse(args, ("amp",), "with --use_fp16")
         args.amp, args.use_fp16 = "fp16" if args.use_fp16 else "none", None
     args.amp = args.amp or "auto"
     if args.teacher == "none":
         args.local_crops_number = 0
+        if args.preset == "released-imagenet":
+            raise UserError("--preset released-imagenet needs a teacher; leave --teacher none out")
+    if args.local_crops_number == 0:
+        args.local_crops_size = args.global_crops_size
     args.rand_augment = None if args.rand_augment == "none" else args.rand_augment
     utils.check_range(args, "global_crops_scale", 1)
     utils.check_range(args, "local_crops_scale", 1)
     utils.check_range(args, "blur_sigma")
     if bool(args.knn_every) != bool(args.knn_data_path):
-        raise utils.UserError("--knn_every and --knn_data_path need each other; give both")
+        raise UserError("--knn_every and --knn_data_path need each other; give both")
     return args
 
 
@@ -121,7 +125,6 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 from timm.layers import set_fused_attn  # noqa: E402
 from timm.optim import Lars  # noqa: E402
-from torch import nn  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
@@ -135,25 +138,24 @@ from pretrained import Description, export_backbone, extract_features  # noqa: E
 from vision_transformer import (VIT_ARCHS, MultiCropNet, ProjectionHead, build_backbone,  # noqa: E402
                                 convert_sync_batchnorm)
 
-SUMS = ("steps", "train_loss", "positive", "negative", "skipped", "seconds", "waited")  # over the steps of an epoch
 
-
-# ------------------------------------------------------------------------------------------------------------ build
+# ------------------------------------------------------------------------------------------------------ build
 
 class MultiCropImages(Dataset):
-    """Training images by (index, seed): Crops, and the number of images skipped."""
+    """Training images by (index, seed): Crops, and the number of undecodable images that were skipped."""
 
     def __init__(self, args):
         self.crop = MultiCrop(args.global_crops_size, args.global_crops_scale, args.local_crops_size,
                               args.local_crops_scale, args.local_crops_number, args.rand_augment)
-        self.skip_bad, self.folder = args.skip_bad_images, args.data_path
+        self.folder, self.skip_bad = args.data_path, args.skip_bad_images
         if args.dataset:
-            self.source = build_dataset(args.dataset, args.data_path, "train", download=args.download)
-            names = [args.dataset]
+            self.source = build_dataset(args.dataset, self.folder, "train", download=args.download)
+        elif (self.folder / "train").exists() and {"val", "test"} & {*os.listdir(self.folder)}:
+            raise UserError(f"{self.folder} holds test images too; give --data_path {self.folder / 'train'}")
         else:
-            self.source = names = find_images(args.data_path)
-        digest = hashlib.sha256(b"\n".join(map(os.fsencode, names))).hexdigest()
-        self.checksum = [len(self), digest]  # a resume must see the same data
+            self.source = image_files(self.folder)
+        names = [args.dataset] if args.dataset else self.source
+        self.checksum = [len(self), hashlib.sha256(b"\n".join(map(os.fsencode, names))).hexdigest()]
 
     def __len__(self):
         return len(self.source)
@@ -163,23 +165,20 @@ class MultiCropImages(Dataset):
         for skipped in range(len(self) if self.skip_bad else 1):
             try:
                 item = self.source[(index + skipped) % len(self)]
-                return self.crop(load_image(self.folder / item) if isinstance(item, str) else item[0], seed), skipped
-            except utils.UserError as error:
+                image = load_image(self.folder / item) if isinstance(item, str) else item[0]
+                return self.crop(image, seed), skipped
+            except UserError as error:
                 bad = str(error).partition(";")[0]
-        raise utils.UserError(f"{bad}; put an image under the same name, or add --skip_bad_images if the file exists")
-
-
-def find_images(folder):
-    """Names of all image files below `folder`. UserError if there are none, or if it holds a test set beside them."""
-    if not folder.is_dir():
-        raise utils.UserError(f"no folder {folder}; --data_path must name a folder of images")
-    if (folder / "train").is_dir() and any((folder / split).is_dir() for split in ("val", "test")):
-        raise utils.UserError(f"{folder} holds train/ beside test images; train on --data_path {folder / 'train'}")
-    return image_files(folder)
+        raise UserError(f"{bad}; put an image there, or, if the file exists, add --skip_bad_images")
 
 
 class Run:
-    """A training run, built from the flags: data, networks, objective, optimiser, and how far it has come."""
+    """A training run, built from the flags: data, networks, objective, optimiser, and how far it has come.
+
+    Another objective replaces `criterion`. It is called as criterion.teacher_student(targets, embeddings) or
+    criterion(z0, z1), and has `means`, the last mean positive and negative score, and `param_groups(lr)`,
+    of its own parameters, whose gradients must be equal on all ranks.
+    """
 
     def __init__(self, args, device):
         self.args, self.device = args, device
@@ -191,209 +190,185 @@ class Run:
         with utils.user_errors():
             self.criterion = AUCCLLoss.preset(args.preset, **utils.objective_arguments(args)).to(device)
             self.images = MultiCropImages(args)
-            self.augment = MultiCropAugmentation(args.erasing, args.blur_sigma).to(device)
+            self.augment = MultiCropAugmentation(args.erasing, args.blur_sigma)
             self.student = build_network(args, args.drop_path_rate)
             self.teacher = build_teacher(args, self.student) if args.teacher == "ema" else None
         self.labelled = args.knn_data_path and build_splits(
             "folder", args.knn_data_path, eval_transform(args.global_crops_size, IMAGENET_MEAN, IMAGENET_STD))
-
-        self.batch_size = args.batch_size_per_gpu * distributed.world_size()  # images that the objective sees at once
-        self.steps = len(self.images) // (self.batch_size * args.accum_iter)  # per epoch
-        check_batch(self)
+        world = distributed.world_size()
+        self.batch_size = args.batch_size_per_gpu * world  # images that the objective sees at once
+        self.images_per_step = self.batch_size * args.accum_iter
+        self.peak_lr = args.lr * self.images_per_step / 256
+        self.steps = len(self.images) // self.images_per_step  # per epoch
+        if self.steps == 0:
+            raise UserError(f"a step takes {self.images_per_step} images, more than the data set's "
+                            f"{len(self.images)}; lower --batch_size_per_gpu or --accum_iter")
         if args.grad_checkpointing:
             self.student.backbone.set_grad_checkpointing(True)
         for network in filter(None, (self.student, self.teacher)):
             network.to(device, memory_format=torch.channels_last)
-            if distributed.world_size() > 1 and device.type == "cuda":  # torch has no SyncBatchNorm for CPUs
+            if world > 1 and device.type == "cuda":  # torch has no SyncBatchNorm for CPUs
                 convert_sync_batchnorm(network)
-        self.network = torch.compile(self.student) if args.compile else self.student
-        if distributed.world_size() > 1:
-            self.network = DistributedDataParallel(self.network)
-        self.optimizer = build_optimizer(args, self.student, self.criterion, self.batch_size * args.accum_iter)
+        self.network = torch.compile(self.student) if args.compile else self.student  # what the step calls
+        if world > 1:
+            self.network = DistributedDataParallel(self.network, broadcast_buffers=False)
+        self.optimizer = build_optimizer(self)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
+        self.parts = {"student": self.student, **({"teacher": self.teacher} if self.teacher else {}),
+                      "loss": self.criterion, "optimizer": self.optimizer, "scaler": self.scaler}
+        self.eval_backbone = (self.teacher or self.student).backbone
+        self.description = Description(args.arch, args.patch_size if args.arch in VIT_ARCHS else None,
+                                       args.global_crops_size, IMAGENET_MEAN, IMAGENET_STD)
         self.epoch = self.step = 0  # the next to run; step counts within the epoch
-        self.sums, self.sums_at_last_log = dict.fromkeys(SUMS, 0.0), dict.fromkeys(SUMS, 0.0)
-
-    def parts(self):
-        teacher = {"teacher": self.teacher} if self.teacher else {}
-        return {"student": self.student, **teacher, "loss": self.criterion, "optimizer": self.optimizer,
-                "scaler": self.scaler}
-
-    def describe(self):
-        """What the evaluation scripts must know of the backbone."""
-        patch_size = self.args.patch_size if self.args.arch in VIT_ARCHS else None
-        return Description(self.args.arch, patch_size, self.args.global_crops_size, IMAGENET_MEAN, IMAGENET_STD)
+        self.sums, self.sums_at_last_log = Counter(), Counter()  # over the steps of the epoch, by name
 
     def state_dict(self):
-        backbone = {name: list(value) if isinstance(value, tuple) else value
-                    for name, value in self.describe()._asdict().items() if name != "checkpoint_key"}
-        return {**{name: part.state_dict() for name, part in self.parts().items()}, "backbone": backbone,
-                "epoch": self.epoch, "step": self.step, "sums": self.sums, "sums_at_last_log": self.sums_at_last_log,
-                "batch_size": self.batch_size, "data": self.images.checksum, "args": utils.plain(self.args)}
+        """The checkpoint. UserError if a weight or a buffer is not finite: nothing of it must be saved."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if not all(torch.isfinite(x).all() for part in ("student", "loss") for x in state[part].values()):
+            raise UserError(utils.diverged("a weight", self.epoch, self.step))
+        return state | {"backbone": self.description._asdict(), "epoch": self.epoch, "step": self.step,
+                        "sums": dict(self.sums), "sums_at_last_log": dict(self.sums_at_last_log),
+                        "batch_size": self.batch_size, "data": self.images.checksum,
+                        "args": utils.plain(self.args)}
 
     def load_state_dict(self, state, path):
-        """Resumes from the checkpoint `state`, read from `path`. UserError if it is of another network, batch or data."""
+        """Resumes from `state`, the checkpoint at `path`. UserError for another network, batch or data."""
         utils.check_same_data(state, self.images.checksum, path)
-        per_rank, saved = self.args.batch_size_per_gpu, state["args"]["batch_size_per_gpu"]
-        if state["batch_size"] != self.batch_size or not self.criterion.gather and saved != per_rank:
-            raise utils.UserError(f"{path} was trained on batches of {state['batch_size']} images, {saved} per process; here "
-                                  f"they are {self.batch_size}, {per_rank} per process. Change --batch_size_per_gpu, so "
-                                  "that its product with the number of processes stays")
-        utils.load_parts(state, self.parts(), path)
-        for name in ("epoch", "step", "sums", "sums_at_last_log"):
-            setattr(self, name, state[name])
-
-    def check_finite(self):
-        """UserError if a weight or a buffer is not finite: nothing of it must be saved."""
-        networks = filter(None, (self.student, self.teacher, self.criterion))
-        if not all(torch.isfinite(x).all() for network in networks for x in network.state_dict().values()):
-            raise utils.UserError(utils.diverged("a weight", self.epoch, self.step))
-
-    def backbone(self):
-        """The backbone to evaluate and to export."""
-        return (self.teacher or self.student).backbone
-
-
-def check_batch(run):
-    """UserError for a batch that is too small for negative pairs, or larger than the data set."""
-    args, images = run.args, len(run.images)
-    if run.batch_size < 2 or not run.criterion.gather and args.batch_size_per_gpu < 2:
-        raise utils.UserError("negative pairs need two images: --batch_size_per_gpu must be at least 2")
-    if run.steps == 0:
-        raise utils.UserError(f"a step takes {run.batch_size} x {args.accum_iter} images, more than the data set's {images}; "
-                              "lower --batch_size_per_gpu or --accum_iter")
+        if state["batch_size"] != self.batch_size:
+            raise UserError(f"{path} was trained on batches of {state['batch_size']} images, here they "
+                            f"have {self.batch_size}; change --batch_size_per_gpu or the number of processes")
+        utils.load_parts(state, self.parts, path)
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.sums, self.sums_at_last_log = Counter(state["sums"]), Counter(state["sums_at_last_log"])
 
 
 def build_network(args, drop_path_rate):
-    backbone = build_backbone(args.arch, args.patch_size, args.global_crops_size, drop_path_rate)
-    try:  # both sizes, with one image
-        for size in {args.global_crops_size, args.local_crops_size if args.local_crops_number else args.global_crops_size}:
+    backbone = build_backbone(args.arch, args.patch_size, args.global_crops_size, drop_path_rate).eval()
+    for size in {args.global_crops_size, args.local_crops_size}:
+        try:
             with torch.no_grad():
-                backbone.eval()(torch.zeros(1, 3, size, size))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{args.arch} cannot take crops of {size} pixels: {error}; change the crops' size") from error
-    head = ProjectionHead(backbone.embed_dim, args.out_dim, use_bn=args.use_bn_in_head, norm_last_layer=args.norm_last_layer)
-    return MultiCropNet(backbone.train(), head)
+                backbone(torch.zeros(1, 3, size, size))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{args.arch} takes no crops of {size} pixels: {error}; resize them") from error
+    return MultiCropNet(backbone.train(), ProjectionHead(
+        backbone.embed_dim, args.out_dim, use_bn=args.use_bn_in_head, norm_last_layer=args.norm_last_layer))
 
 
 def build_teacher(args, student):
-    """A copy of the student without gradients and stochastic depth. As in DINO, it stays in train mode: its batch-norm
-    statistics are EMAs of the student's, hence momentum 0."""
+    """A copy of the student without gradients and stochastic depth. As in DINO, it stays in train mode: its
+    batch-norm statistics are EMAs of the student's, hence momentum 0."""
     teacher = build_network(args, drop_path_rate=0.0).requires_grad_(False)
     teacher.load_state_dict(student.state_dict())
     for module in teacher.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.momentum = 0.0
     return teacher
 
 
-def build_optimizer(args, student, criterion, images_per_step):
-    """One optimiser for the network and for a, b and alpha, which ascends through a reversed gradient in the loss.
-    `lr_scale`: a group's learning rate as a multiple of the schedule's."""
+def build_optimizer(run):
+    """One optimiser for the network and for a, b and alpha, which ascends by a gradient reversal in the loss.
+    Only the first group decays. `lr_scale`: a group's learning rate as a multiple of the schedule's."""
     decayed, others = [], []  # others: biases, norms, and the gains of the head's last layer
-    for name, parameter in student.named_parameters():
+    for name, parameter in run.student.named_parameters():
         if parameter.requires_grad:
             (others if parameter.ndim == 1 or name.endswith("original0") else decayed).append(parameter)
-    peak = args.lr * images_per_step / 256
-    weights = criterion.param_groups(args.weights_lr or 0.0)
-    groups = [{"params": decayed, "decayed": True, "lr_scale": 1.0}, {"params": others, "weight_decay": 0.0, "lr_scale": 1.0},
-              *({**group, "lr_scale": group["lr"] / peak} for group in weights)]
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=peak, fused=decayed[0].device.type in ("cpu", "cuda"))
-    return (torch.optim.SGD if args.optimizer == "sgd" else Lars)(groups, lr=peak, momentum=0.9)
+    groups = [{"params": decayed, "lr": run.peak_lr}, {"params": others, "lr": run.peak_lr},
+              *run.criterion.param_groups(run.args.weights_lr or 0.0)]
+    groups = [{**group, "lr_scale": group["lr"] / run.peak_lr} for group in groups]
+    if run.args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=0.0, fused=run.device.type in ("cpu", "cuda"))
+    return (torch.optim.SGD if run.args.optimizer == "sgd" else Lars)(groups, momentum=0.9)
 
 
 def make_loader(run):
-    """This rank's part of the batches that are left of the epoch. A crop depends on the image's index, the epoch and
+    """This rank's part of the batches left of the epoch. A crop depends on the image's index, the epoch and
     the seed alone, not on the worker or rank."""
-    args, first = run.args, distributed.rank() * run.args.batch_size_per_gpu
-    batches = utils.epoch_batches(len(run.images), run.batch_size, args.seed, run.epoch, run.step * args.accum_iter)
-    keys = ([(index, utils.stream_seed(args.seed, run.epoch, index))
-             for index in batch[first:first + args.batch_size_per_gpu].tolist()] for batch in batches)
+    args, size, done = run.args, run.args.batch_size_per_gpu, run.step * run.args.accum_iter
+    own = slice(distributed.rank() * size, (distributed.rank() + 1) * size)
+    keys = ([(index, utils.stream_seed(args.seed, run.epoch, index)) for index in batch[own].tolist()]
+            for batch in utils.epoch_batches(len(run.images), run.batch_size, args.seed, run.epoch, done))
     return DataLoader(run.images, batch_sampler=keys, num_workers=args.num_workers,
                       pin_memory=run.device.type == "cuda", worker_init_fn=utils.leave_group)
 
 
-# --------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 def train_one_epoch(run, log, save, interruption):
-    """One pass over the data, from run.step on; exits early if any rank was interrupted. `save()` writes a checkpoint."""
-    args, student, teacher, criterion, optimizer, scaler = (
-        run.args, run.student, run.teacher, run.criterion, run.optimizer, run.scaler)
-    student.train()
-    batches, generator = iter(make_loader(run)), torch.Generator()
-    while run.step < run.steps:
-        started, waited = time.monotonic(), 0.0
+    """One pass over the data, from run.step on. A signal to any rank ends all of them, after `save()`."""
+    args, network, teacher, criterion, scaler = run.args, run.network, run.teacher, run.criterion, run.scaler
+    rank, world, generator = distributed.rank(), distributed.world_size(), torch.Generator()
+    network.train()
+    batches = iter(make_loader(run))
+    for step in range(run.step, run.steps):
+        started = time.monotonic()
+        micro_batches = [next(batches) for _ in range(args.accum_iter)]
+        waited = time.monotonic() - started
         momentum = set_schedules(run)
-        torch.manual_seed(utils.stream_seed(args.seed, distributed.rank(), run.epoch, run.step))  # of stochastic depth
-        optimizer.zero_grad()
-        means, skipped = 0.0, 0
-        for micro_batch in range(args.accum_iter):
-            waiting = time.monotonic()
-            crops, replaced = next(batches)
-            waited += time.monotonic() - waiting
-            generator.manual_seed(utils.stream_seed(args.seed, run.epoch, run.step, micro_batch))
-            views = run.augment(crops.to(run.device), generator, distributed.rank(), distributed.world_size())
-            last = micro_batch + 1 == args.accum_iter or distributed.world_size() == 1
-            with nullcontext() if last else run.network.no_sync():
+        torch.manual_seed(utils.stream_seed(args.seed, rank, run.epoch, step))  # of stochastic depth
+        run.optimizer.zero_grad()
+        means, skipped = torch.zeros(3, device=run.device), 0
+        for number, (crops, replaced) in enumerate(micro_batches, 1):
+            generator.manual_seed(utils.stream_seed(args.seed, run.epoch, step, number))
+            views = run.augment(crops.to(run.device), generator, rank, world)   # V of [B, 3, S, S]
+            averaging = world == 1 or number == args.accum_iter                 # gradients over ranks
+            with nullcontext() if averaging else network.no_sync():
                 with utils.autocast(run.device, run.amp_dtype):
-                    embeddings = run.network(views)                   # V of [B, 3, S, S] -> [V, B, D], global views first
+                    embeddings = network(views)                                 # [V, B, D]
                     if teacher is None:
                         loss = criterion(*embeddings)
                     else:
                         with torch.no_grad():
-                            targets = teacher(views[:2])              # [2, B, D]
+                            targets = teacher(views[:2])                        # [2, B, D]
                         loss = criterion.teacher_student(targets, embeddings)
-                scaler.scale(loss / args.accum_iter).backward()       # network, a, b descend; alpha ascends
-            means = means + torch.stack([loss.detach(), *criterion.means]) / args.accum_iter
+                scaler.scale(loss / args.accum_iter).backward()                 # only alpha ascends
+            means += torch.stack([loss.detach(), *criterion.means]) / (args.accum_iter * world)
             skipped += replaced.sum().item()
-        totals = distributed.sum_of_floats(*means.tolist(), skipped, float(interruption.signal is not None))
-        loss, positive, negative = (total / distributed.world_size() for total in totals[:3])
-        skipped, stopping = totals[3:]
+        loss, positive, negative, skipped, interrupted = distributed.sum_of_floats(
+            *means.tolist(), skipped, interruption.signal is not None)
         if not math.isfinite(loss):
-            raise utils.UserError(utils.diverged("the loss", run.epoch, run.step))
+            raise UserError(utils.diverged("the loss", run.epoch, step))
 
-        scaler.unscale_(optimizer)
-        clip_gradients(student.parameters(), args.clip_grad)
+        scaler.unscale_(run.optimizer)
+        clip_gradients(run.student.parameters(), args.clip_grad)
         if run.epoch < args.freeze_last_layer:
-            for parameter in student.head.last_layer.parameters():
-                parameter.grad = None
-        scaler.step(optimizer)
+            run.student.head.last_layer.zero_grad()
+        scaler.step(run.optimizer)
         scaler.update()
-        average_buffers(student)
+        average_buffers(run.student)
         if teacher:
-            update_teacher(teacher, student, momentum)
+            update_teacher(teacher, run.student, momentum)
 
-        run.step += 1
-        add_to_sums(run, steps=1, train_loss=loss, positive=positive, negative=negative, skipped=skipped,
-                    seconds=time.monotonic() - started, waited=waited)
+        run.step = step + 1
+        run.sums.update(steps=1, train_loss=loss, positive=positive, negative=negative, skipped=skipped,
+                        seconds=time.monotonic() - started, waited=waited)
         if log and run.step % args.print_freq == 0:
             log.write(make_record(run, since_last_log=True))
-        if stopping or (args.save_every and run.step % args.save_every == 0 and run.step < run.steps):
+        if interrupted or args.save_every and run.step % args.save_every == 0 and run.step < run.steps:
             save()
-        if stopping:
+        if interrupted:
             distributed.leave()
-            interruption.exit(f"saved after step {run.step}/{run.steps} of epoch {run.epoch + 1}; the same command resumes")
+            interruption.exit(f"saved after step {run.step}/{run.steps} of epoch {run.epoch + 1}; "
+                              "the same command resumes")
 
 
 def set_schedules(run):
-    """Sets the learning rates, weight decay and teacher temperature of the step to come; returns the EMA momentum."""
+    """Sets the learning rates, weight decay and teacher temperature of a step. Returns the EMA momentum."""
     args, at, total = run.args, run.epoch * run.steps + run.step, run.args.epochs * run.steps
-    peak = args.lr * run.batch_size * args.accum_iter / 256
-    lr = utils.cosine_schedule(at, total, peak, args.min_lr, round(args.warmup_epochs * run.steps))
+    lr = utils.cosine_schedule(at, total, run.peak_lr, args.min_lr, round(args.warmup_epochs * run.steps))
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-        if group.get("decayed"):
-            group["weight_decay"] = utils.cosine_schedule(at, total, args.weight_decay, args.weight_decay_end)
+    decayed = run.optimizer.param_groups[0]
+    decayed["weight_decay"] = utils.cosine_schedule(at, total, args.weight_decay, args.weight_decay_end)
     if args.preset == "released-imagenet":
-        part = min(1.0, run.epoch / max(1, args.warmup_teacher_temp_epochs))
-        run.criterion.teacher_temp = args.warmup_teacher_temp + part * (args.teacher_temp - args.warmup_teacher_temp)
+        part, first = min(1, run.epoch / max(1, args.warmup_teacher_temp_epochs)), args.warmup_teacher_temp
+        run.criterion.teacher_temp = first + part * (args.teacher_temp - first)
     return utils.cosine_schedule(at, total, args.momentum_teacher, 1.0)
 
 
 @torch.no_grad()
 def clip_gradients(parameters, max_norm):
-    """Scales the gradient of each parameter down to a norm of at most `max_norm`, as DINO does; 0 leaves them alone."""
+    """Scales each parameter's gradient down to a norm of at most `max_norm`, as DINO does; 0: any."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if max_norm and grads:
         norms = torch.stack(torch._foreach_norm(grads))
@@ -403,66 +378,55 @@ def clip_gradients(parameters, max_norm):
 @torch.no_grad()
 def average_buffers(network):
     """Averages batch-norm running statistics over ranks: without SyncBatchNorm each rank has its own."""
-    buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
-    if buffers and distributed.world_size() > 1:
-        flat = torch.cat([buffer.flatten() for buffer in buffers])
-        mean = distributed.sum_over_ranks(flat) / distributed.world_size()
-        for buffer, part in zip(buffers, mean.split([buffer.numel() for buffer in buffers])):
-            buffer.copy_(part.view_as(buffer))
+    if distributed.world_size() > 1:
+        for buffer in network.buffers():
+            if buffer.is_floating_point():
+                distributed.sum_over_ranks(buffer).div_(distributed.world_size())
 
 
 @torch.no_grad()
 def update_teacher(teacher, student, momentum):
-    """teacher <- momentum teacher + (1 - momentum) student, for parameters and buffers alike; counters are copied."""
-    averages, values = [], []
-    for average, value in zip(teacher.state_dict().values(), student.state_dict().values(), strict=True):
-        if average.is_floating_point():
-            averages.append(average)
-            values.append(value)
-        else:
-            average.copy_(value)
+    """teacher <- momentum teacher + (1 - momentum) student, for parameters and running statistics alike."""
+    averages, values = ([x for x in network.state_dict().values() if x.is_floating_point()]
+                        for network in (teacher, student))
     torch._foreach_lerp_(averages, values, 1 - momentum)
 
 
-def add_to_sums(run, **values):
-    for name, value in values.items():
-        run.sums[name] += value
-
-
 def make_record(run, since_last_log=False):
-    """The record of the steps of the epoch so far, or of those since the last record."""
+    """The record of the epoch so far, or of the steps since the last record."""
     args, group, sums, step = run.args, run.optimizer.param_groups[0], run.sums, {}
     if since_last_log:
-        sums, step = {name: value - run.sums_at_last_log[name] for name, value in sums.items()}, {"step": run.step}
-        run.sums_at_last_log = dict(run.sums)
+        sums = {name: value - run.sums_at_last_log[name] for name, value in sums.items()}
+        step, run.sums_at_last_log = {"step": run.step}, run.sums.copy()
     steps, seconds = sums["steps"], sums["seconds"]
     left = (args.epochs - run.epoch) * run.steps - run.step
-    skipped = {"skipped": round(sums["skipped"])} if args.skip_bad_images else {}
     return {"epoch": run.epoch, **step, "train_loss": sums["train_loss"] / steps, "train_lr": group["lr"],
-            "train_wd": group["weight_decay"], "positive": sums["positive"] / steps, "negative": sums["negative"] / steps,
-            **{name: getattr(run.criterion, name).item() for name in ("a", "b", "alpha")},
-            "images_per_s": steps * run.batch_size * args.accum_iter / seconds, "data_wait": sums["waited"] / seconds,
-            "memory_gb": utils.peak_memory(run.device) / 1e9, "hours_left": left * seconds / steps / 3600, **skipped}
+            "train_wd": group["weight_decay"], "positive": sums["positive"] / steps,
+            "negative": sums["negative"] / steps,
+            **{name: p.item() for name, p in run.criterion.named_parameters() if p.ndim == 0},
+            "images_per_s": steps * run.images_per_step / seconds, "data_wait": sums["waited"] / seconds,
+            "memory_gb": utils.peak_memory(run.device) / 1e9, "hours_left": left * seconds / steps / 3600,
+            **({"skipped": round(sums["skipped"])} if args.skip_bad_images else {})}
 
 
 def evaluate(run):
     """k-NN accuracy (k = 20) of the backbone's features on the labelled images."""
-    backbone = run.backbone().eval()
-    bank, queries = (extract_features(backbone, split, run.device, run.args.batch_size_per_gpu, run.args.num_workers,
+    args, backbone = run.args, run.eval_backbone.eval()
+    bank, queries = (extract_features(backbone, split, run.device, args.batch_size_per_gpu, args.num_workers,
                                       run.amp_dtype) for split in run.labelled)
     backbone.train()
     top1, top5 = knn_accuracy(*bank, *queries, ks=(20,))[20]
     return {"knn_acc@1": top1, "knn_acc@5": top5}
 
 
-# ------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 def main(argv=None):
     args = parse_args(argv)
     device = distributed.init_distributed(args.device, args.dist_url)
-    if args.amp == "auto":
-        args.amp = "bf16" if utils.select_amp("auto", device) else "none"  # a resume elsewhere must do the same
-    with contextlib.closing(utils.lock_folder(args.output_dir)) if distributed.rank() == 0 else nullcontext():
+    if args.amp == "auto":  # a resume on other hardware must do the same
+        args.amp = "bf16" if utils.select_amp("auto", device) else "none"
+    with closing(utils.lock_folder(args.output_dir)) if distributed.rank() == 0 else nullcontext():
         train(args, device)
     distributed.leave()
 
@@ -470,56 +434,62 @@ def main(argv=None):
 def train(args, device):
     """Trains to the end, or resumes. The first rank writes the files."""
     folder, first = args.output_dir, distributed.rank() == 0
-    state = utils.read_resume(args, folder / "checkpoint.pth", FREE_ON_RESUME)
+    checkpoint, curves = folder / "checkpoint.pth", folder / "curves.png"
+    free = ("batch_size_per_gpu",) if args.preset == "paper" else ()  # the release's negatives are local
+    state = utils.read_resume(args, checkpoint, FREE_ON_RESUME + free)
     fresh, run = state is None, Run(args, device)
     if not fresh:
-        run.load_state_dict(state, folder / "checkpoint.pth")
+        run.load_state_dict(state, checkpoint)
         del state  # as large as the run itself
-    content = int(run.images.checksum[1][:15], 16)
-    if not distributed.same_over_ranks(run.epoch, run.step, run.steps, content):
-        raise utils.UserError("the processes see different checkpoints or images; --output_dir and --data_path must be "
-                              "the same folders on all hosts")
-    log = utils.RunLog(folder, (run.epoch, run.step), run.steps) if first else None
+    if not distributed.same_over_ranks(run.epoch, run.step, run.steps, int(run.images.checksum[1][:15], 16)):
+        raise UserError("processes see different checkpoints or images; --output_dir and --data_path must "
+                        "be the same folders on all hosts")
     if first:
-        announce(run, folder)
+        announce(run)
+    if run.epoch == args.epochs and curves.exists():
+        return
+    log = utils.RunLog(folder, (run.epoch, run.step), run.steps) if first else None
 
-    def save(name="checkpoint.pth"):
-        run.check_finite()
+    def save(path=checkpoint):
+        state = run.state_dict()
         if first:
-            utils.save_checkpoint(run.state_dict(), folder / name)
-    with contextlib.closing(utils.Interruption()) as interruption:
+            utils.save_checkpoint(state, path)
+
+    with closing(utils.Interruption()) as interruption:
         if fresh:
             save()  # from now on a log has its checkpoint
         if args.knn_every and (run.epoch, run.step) == (0, 0):
-            untrained = {"epoch": -1, **evaluate(run)}
-            log and log.write(untrained)
+            untrained = evaluate(run)
+            if log:
+                log.write({"epoch": -1, **untrained})
         while run.epoch < args.epochs:
             train_one_epoch(run, log, save, interruption)
-            run.check_finite()
-            record = make_record(run)
-            if args.knn_every and ((run.epoch + 1) % args.knn_every == 0 or run.epoch + 1 == args.epochs):
+            finished, record = run.epoch, make_record(run)
+            if args.knn_every and ((finished + 1) % args.knn_every == 0 or finished + 1 == args.epochs):
                 record |= evaluate(run)
-            log and log.write(record)
-            run.epoch, run.step = run.epoch + 1, 0
-            run.sums, run.sums_at_last_log = dict.fromkeys(SUMS, 0.0), dict.fromkeys(SUMS, 0.0)
-            if args.saveckp_freq and (run.epoch - 1) % args.saveckp_freq == 0:
-                save(f"checkpoint{run.epoch - 1:04}.pth")
+            if log:
+                log.write(record)
+            run.epoch, run.step, run.sums, run.sums_at_last_log = finished + 1, 0, Counter(), Counter()
+            if args.saveckp_freq and finished % args.saveckp_freq == 0:
+                save(folder / f"checkpoint{finished:04}.pth")
             save()  # last: a run killed before this line resumes before all that
-    if first:
-        export_backbone(run.backbone(), run.describe(), folder / "backbone.safetensors")
-        draw_curves({folder.resolve().name: log.records}, folder / "curves.png")
-        print(f"backbone: {folder / 'backbone.safetensors'}\ncurves: {folder / 'curves.png'}", flush=True)
+    if log:
+        export_backbone(run.eval_backbone, run.description, folder / "backbone.safetensors")
+        draw_curves({folder.resolve().name: log.records}, curves)  # last: it tells that the run is finished
+        print(f"backbone: {folder / 'backbone.safetensors'}\ncurves: {curves}", flush=True)
 
 
-def announce(run, folder):
-    args = run.args
-    print(f"{len(run.images)} images; {args.arch} with {utils.millions(run.student.backbone)} M parameters and a head with "
-          f"{utils.millions(run.student.head)} M; {distributed.world_size()} x {run.device}, "
-          f"{run.amp_dtype or torch.float32}; {run.steps} steps per epoch of {run.batch_size} x {args.accum_iter} images\n"
-          f"from epoch {run.epoch + 1}, step {run.step + 1}, to epoch {args.epochs}; {folder}", flush=True)
+def announce(run):
+    args, student = run.args, run.student
+    if run.epoch == args.epochs:
+        return print(f"the run in {args.output_dir} is finished, after {run.epoch} epochs", flush=True)
+    print(f"{len(run.images)} images; {args.arch} with {utils.millions(student.backbone)} M parameters and a "
+          f"head with {utils.millions(student.head)} M; {distributed.world_size()} x {run.device}, "
+          f"{run.amp_dtype or torch.float32}; {run.steps} steps per epoch of {run.images_per_step} images\n"
+          f"from epoch {run.epoch + 1}, step {run.step + 1}, to epoch {args.epochs}; {args.output_dir}")
     if args.warmup_epochs >= args.epochs:
-        print(f"note: --warmup_epochs {args.warmup_epochs:g} outlasts --epochs {args.epochs}: the learning rate does not reach "
-              "its peak")
+        print(f"note: --warmup_epochs {args.warmup_epochs:g} outlasts --epochs {args.epochs}; the learning "
+              "rate ends below its peak", flush=True)
 
 
 if __name__ == "__main__":
