@@ -268,8 +268,8 @@ def count_labels(num_labels: int | None, *splits) -> int:
     low, high = min(labels), max(labels)
     found = len(splits[0].classes or ()) or num_labels or high + 1
     if num_labels not in (None, found) or low < 0 or high >= found:
-        raise UserError(f"--num_labels {num_labels or found} and labels from {low} to {high}, but {found} classes; "
-                        "leave --num_labels out, or check the data set")
+        raise UserError(f"--num_labels {num_labels or found} and labels from {low} to {high} contradict the "
+                        f"{found} classes; leave --num_labels out, or check the data set")
     return found
 
 
@@ -419,8 +419,8 @@ def train_heads(args, backbone: nn.Module, description: pretrained.Description, 
 
     if epoch < args.epochs:
         if first:
-            print(f"{args.dataset}, {num_labels} classes; images: {len(fit)} to train on, {len(held)} to choose on, "
-                  f"{len(test)} to test on; heads: {len(candidates)}; {device}; {args.output_dir}", flush=True)
+            print(f"{args.dataset}, {num_labels} classes; {len(fit)} images to train on, {len(held)} to choose "
+                  f"on, {len(test)} to test on; heads: {len(candidates)}; {device}; {args.output_dir}", flush=True)
         cached = args.cache_features or args.solver == "lbfgs"
         fit_set, held_set, test_set = (
             fixed_features(args, network, description, images, rows, device) if len(rows) else None
@@ -441,7 +441,8 @@ def train_heads(args, backbone: nn.Module, description: pretrained.Description, 
                 batches = augmented_features(args, network, views, rows, device)
             title, rates = f"epoch {epoch + 1}/{args.epochs}", scheduler.get_last_lr()
             done, total = epoch * len(rows), args.epochs * len(rows)
-            losses = sgd_epoch(grid, optimizer, utils.progress(batches, done, total, title, not first)) / len(fit)
+            batches = utils.progress(batches, done, total, title, quiet=not first)
+            losses = sgd_epoch(grid, optimizer, batches) / len(fit)
             scheduler.step()
         if not losses.isfinite().any():
             raise UserError(f"training diverged in epoch {epoch + 1}; start anew with a lower --lr")
@@ -458,7 +459,7 @@ def train_heads(args, backbone: nn.Module, description: pretrained.Description, 
             log.write(record)
         save()
     if first and log.records:
-        print(f"done: {utils.format_record(log.records[-1])}", flush=True)
+        print(f"done: {utils.format_record(log.records[-1] | {'epoch': epoch})}", flush=True)
 
 
 def evaluate_head(args, backbone: nn.Module, description: pretrained.Description, device) -> None:
@@ -469,8 +470,8 @@ def evaluate_head(args, backbone: nn.Module, description: pretrained.Description
         utils.refuse(args, ("n_last_blocks", "avgpool_patchtokens"), f"with {path}, which tells it")
         candidate = Candidate(**state["candidate"])
         if state["fingerprint"][0] != checksum(backbone):
-            raise UserError(f"the head in {path} was trained on another backbone; give its --pretrained_weights "
-                            "or --seed")
+            raise UserError(f"the head in {path} was trained on another backbone; give that one's "
+                            "--pretrained_weights, or the --seed of its random ones")
     elif more or candidate.avgpool_patchtokens and candidate.n_last_blocks > 1:
         raise UserError(f"{path} does not tell its features; give one --n_last_blocks and one "
                         "--avgpool_patchtokens, true only with --n_last_blocks 1, as DINO's heads")
