@@ -113,11 +113,8 @@ def make_candidates(args, backbone: nn.Module) -> list[Candidate]:
 
 
 class FrozenFeatures(nn.Module):
-    """The features that all candidates need, side by side: images [B, 3, H, W] -> [B, F].
-
-    Of a VisionTransformer: class tokens of the last blocks in order, then the mean patch token of the last
-    block if a candidate wants it. Of other backbones: their output.
-    """
+    """What all candidates need: images [B, 3, H, W] -> features [B, F]. Of a VisionTransformer: class tokens
+    of the last blocks in order, then the last block's mean patch token. Of other backbones: their output."""
 
     def __init__(self, backbone: nn.Module, candidates: list[Candidate]):
         super().__init__()
@@ -142,8 +139,7 @@ class FrozenFeatures(nn.Module):
 class HeadGrid(nn.Module):
     """H linear heads, trained and measured together: features [B, F] -> logits [B, H, C].
 
-    columns: the slice of the features that each head sees. Neighbours that see the same are one matrix
-    product, so eight learning rates cost about as much as one. Heads of one width start equal, as DINO's.
+    columns: the slice of the features that each head sees. Heads of one width start equal, as DINO's does.
     """
 
     def __init__(self, columns: list[slice], num_classes: int, seed: int = 0):
@@ -156,12 +152,7 @@ class HeadGrid(nn.Module):
             nn.init.zeros_(head.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        logits = []
-        for columns, group in itertools.groupby(zip(self.columns, self.heads), key=lambda pair: pair[0]):
-            weights, biases = zip(*((head.weight, head.bias) for _, head in group))
-            product = F.linear(features[:, columns], torch.cat(weights), torch.cat(biases))     # [B, G C]
-            logits.append(product.unflatten(1, (len(weights), -1)))                             # [B, G, C]
-        return torch.cat(logits, 1)
+        return torch.stack([head(features[:, c]) for head, c in zip(self.heads, self.columns)], 1)
 
     def losses(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of each image under each head [B, H], and the logits [B, H, C]."""
@@ -317,7 +308,7 @@ class AugmentedImages(torch.utils.data.Dataset):
     def __getitem__(self, index: int):
         image, label = self.images[index]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(utils.stream_seed(self.seed, CROP, self.epoch, index))
+            torch.default_generator.manual_seed(utils.stream_seed(self.seed, CROP, self.epoch, index))
             return self.transform(image), label
 
 
@@ -419,8 +410,8 @@ def train_heads(args, backbone: nn.Module, description: pretrained.Description, 
 
     if epoch < args.epochs:
         if first:
-            print(f"{args.dataset}, {num_labels} classes; {len(fit)} images to train on, {len(held)} to choose "
-                  f"on, {len(test)} to test on; heads: {len(candidates)}; {device}; {args.output_dir}", flush=True)
+            print(f"{len(fit)} images to train on, {len(held)} to choose on, {len(test)} to test on; "
+                  f"classes: {num_labels}; heads: {len(candidates)}; {device}; {args.output_dir}", flush=True)
         cached = args.cache_features or args.solver == "lbfgs"
         fit_set, held_set, test_set = (
             fixed_features(args, network, description, images, rows, device) if len(rows) else None
