@@ -110,9 +110,9 @@ def _search(bank, queries, k):
     cos = queries.new_full((len(queries), k), -2.0)
     index = torch.zeros_like(cos, dtype=torch.int64)
     size = max(1, NUMBERS // max(QUERIES, bank.shape[1]))
-    # one buffer for all products, because fresh memory is slow on a CPU
+    # one buffer for all products: fresh memory is slow on a CPU; and no autocast where `out` is given
     product = queries.new_empty(min(QUERIES, len(queries)), min(size, len(bank)))
-    with _full_float32(queries.device.type):
+    with _no_tf32():
         for start in range(0, len(bank), size):
             rows = _unit_rows(bank[start:start + size].to(queries.device))
             for chunk, best, nearest in zip(*(tensor.split(QUERIES) for tensor in (queries, cos, index))):
@@ -132,17 +132,15 @@ def _unit_rows(features):
 
 
 @contextmanager
-def _full_float32(device_type):
-    """Turns off autocast and, on CUDA, the TF32 products that training may have turned on."""
-    matmul = torch.backends.cuda.matmul
-    name, value = "fp32_precision", "ieee"
+def _no_tf32():
+    """Turns off CUDA's TF32 products, which training may have turned on."""
+    matmul, name, off = torch.backends.cuda.matmul, "fp32_precision", "ieee"
     if not hasattr(matmul, name):  # torch < 2.9
-        name, value = "allow_tf32", False
+        name, off = "allow_tf32", False
     before = getattr(matmul, name)
-    setattr(matmul, name, value)
+    setattr(matmul, name, off)
     try:
-        with torch.autocast(device_type, enabled=False):
-            yield
+        yield
     finally:
         setattr(matmul, name, before)
 

@@ -51,11 +51,9 @@ def load_backbone(path, checkpoint_key=None, arch=None, patch_size=None, image_s
     Weights must fit name by name; only a classifier is left out, with a note. UserError for a file that
     cannot be read, a wrong key, weights that do not fit, and arguments that contradict the file.
     """
-    weights, known = {}, {}
-    if random_weights and path is not None:
-        raise UserError("--random_weights contradicts --pretrained_weights; leave one of them out")
-    if not random_weights:
-        weights, known = _read_weights(path, checkpoint_key)
+    if random_weights == (path is not None):
+        raise UserError("give either --pretrained_weights or --random_weights")
+    weights, known = _read_weights(Path(path), checkpoint_key) if path is not None else ({}, {})
     given = {"arch": DINO_NAMES.get(arch, arch), "patch_size": patch_size, "image_size": image_size}
     given = {name: value for name, value in given.items() if value is not None}
     arch = known.get("arch", given.get("arch"))
@@ -130,9 +128,6 @@ def _read_checkpoint(path, checkpoint_key):
 
 def _read_weights(path, checkpoint_key):
     """The weights of a file with the backbone's keys, and the fields of Description that the file tells."""
-    if path is None:
-        raise UserError("--pretrained_weights is missing; name a file, or ask for --random_weights")
-    path = Path(path)
     if path.suffix == ".safetensors":
         state, known = _read_safetensors(path)
     else:
@@ -177,21 +172,22 @@ def _load_strictly(backbone, weights, path):
     """Copies the weights. UserError if names or shapes differ; a classifier is left out, with a note."""
     own = backbone.state_dict()
     layers = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
-    layers = ("head", "fc", *([layers] if isinstance(layers, str) else layers))
-    left_out = [key for key in weights.keys() - own.keys() if key.startswith(tuple(f"{x}." for x in layers))]
+    layers = tuple(f"{x}." for x in ("head", "fc", *([layers] if isinstance(layers, str) else layers)))
+    unknown = [key for key in weights if key not in own]
+    left_out = [key for key in unknown if key.startswith(layers)]
     differing = {
-        "missing": [key for key in own.keys() - weights.keys() if not key.endswith("num_batches_tracked")],
-        "unexpected": weights.keys() - own.keys() - set(left_out),
-        "of other shapes": [f"{key} {list(weights[key].shape)}, not {list(own[key].shape)}"
-                            for key in own.keys() & weights.keys() if weights[key].shape != own[key].shape]}
+        "missing": [key for key in own if key not in weights and not key.endswith("num_batches_tracked")],
+        "unexpected": [key for key in unknown if key not in left_out],
+        "of other shapes": [f"{key} {list(weights[key].shape)}, not {list(own[key].shape)}" for key in own
+                            if key in weights and weights[key].shape != own[key].shape]}
     if any(differing.values()):
-        text = "; ".join(f"{len(keys)} {kind}: {', '.join(sorted(keys)[:NAMED_KEYS])}"
+        text = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:NAMED_KEYS])}"
                          f"{', ...' if len(keys) > NAMED_KEYS else ''}"
                          for kind, keys in differing.items() if keys)
         raise UserError(f"the weights in {path} do not fit the backbone, {text}. Check --arch and "
                         "--checkpoint_key")
     if left_out and distributed.rank() == 0:
-        print(f"note: the classifier in {path} is not used: {', '.join(sorted(left_out))}", flush=True)
+        print(f"note: the classifier in {path} is not used: {', '.join(left_out)}", flush=True)
     backbone.load_state_dict(weights, strict=False)
 
 
