@@ -16,7 +16,6 @@ epoch), heads.json (all heads); linear.txt by --evaluate.
 """
 import itertools
 import json
-import math
 import time
 import zlib
 from contextlib import closing, nullcontext
@@ -336,8 +335,8 @@ def fixed_features(args, network: FrozenFeatures, description, images: data.Labe
 
 def score_record(scores: dict[str, Tensor], head: int, prefix: str) -> dict:
     """Plain numbers of one head. None for a loss that is not finite."""
-    values = {f"{prefix}_{name}": value[head].item() for name, value in scores.items()}
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return {f"{prefix}_{name}": value[head].item() if value[head].isfinite() else None
+            for name, value in scores.items()}
 
 
 def choose_head(held: dict[str, Tensor], dataset: str) -> int:
@@ -420,7 +419,7 @@ def train_heads(args, backbone: nn.Module, description: pretrained.Description, 
         if state is None:
             save()  # from now on a log has its checkpoint
     while epoch < args.epochs:
-        rate, scores = {}, {}
+        rates, scores = None, {}
         if args.solver == "lbfgs":
             losses = fit_heads(grid, candidates, *fit_set)
         else:
@@ -440,11 +439,11 @@ def train_heads(args, backbone: nn.Module, description: pretrained.Description, 
         if epoch % args.val_freq == 0 or epoch + 1 == args.epochs:
             chosen, scores = evaluate(args, grid, candidates, fit_set, held_set, test_set)
             best_acc = max(best_acc, scores["test_acc1"])
-        if args.solver == "sgd":
-            rate = {"train_lr": rates[chosen]}
         seconds, started = time.monotonic() - started, time.monotonic()
-        loss = score_record({"loss": losses}, chosen, "train")
-        record = {"epoch": epoch, **candidates[chosen].record(), **loss, **rate, "seconds": seconds, **scores}
+        train_scores = score_record({"loss": losses}, chosen, "train")
+        if rates:
+            train_scores["train_lr"] = rates[chosen]
+        record = {"epoch": epoch, **candidates[chosen].record(), **train_scores, "seconds": seconds, **scores}
         epoch += 1
         if first:
             log.write(record)

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import utils
-from conftest import write_noise
 from eval_linear import Candidate, HeadGrid, fit_logistic, measure
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -191,8 +190,8 @@ def sets(monkeypatch, one_thread):
 
 
 def common(output):
-    return ["--random_weights", "--arch", "vit_tiny", "--image_size", "32", "--data_path", "unused",
-            "--device", "cpu", "--batch_size_per_gpu", "64", "--num_workers", "0", "--output_dir", str(output)]
+    return ["--random_weights", "--arch", "vit_tiny", "--image_size", "32", "--data_path", "no", "--device",
+            "cpu", "--batch_size_per_gpu", "64", "--num_workers", "0", "--output_dir", str(output)]
 
 
 def flags(output, *more):
@@ -283,7 +282,7 @@ def test_kill_and_resume_is_bitwise_the_same(sets, tmp_path, monkeypatch):
     monkeypatch.setitem(interrupt.POINTS, "sgd", (torch.optim.SGD, "step"))
     assert script(flags(tmp_path / "whole", *GRID)) is None
     command = flags(tmp_path / "killed", *GRID)
-    for point, count in ("replace", 1), ("sgd", 7), ("replace", 1), ("replace", 2), ("sgd", 6), ("fsync", 2):
+    for point, count in ("fsync", 2), ("fsync", 2), ("sgd", 7), ("replace", 1), ("replace", 2), ("sgd", 6):
         ended = interrupt.run(command, tmp_path, point, count, script=eval_linear)
         assert ended.returncode == -9, ended.stderr
     assert script(command) is None
@@ -387,29 +386,23 @@ def test_more_processes_than_images(sets, tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------- the script, on images
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """2 x 16 training and 2 x 5 test images."""
-    return write_noise(tmp_path_factory.mktemp("images"), {"train": 16, "test": 5})
-
-
-def on_images(folder, output, *more):
+def on_images(images, output, *more):
     epochs = () if {"lbfgs", "--evaluate"} & set(more) else ("--epochs", "2")
-    return ["--random_weights", "--arch", "resnet18", "--image_size", "32", "--data_path", folder, "--device",
+    return ["--random_weights", "--arch", "resnet18", "--image_size", "32", "--data_path", images, "--device",
             "cpu", "--batch_size_per_gpu", "8", "--num_workers", "0", "--output_dir", output, *epochs, *more]
 
 
-def test_augmentation_depends_on_seed_epoch_and_image_alone(folder, tmp_path, one_thread):
+def test_augmentation_depends_on_seed_epoch_and_image_alone(images, tmp_path, one_thread):
     """Not on the worker or rank that makes a view."""
-    assert script(on_images(folder, tmp_path / "one")) is None
-    assert script(on_images(folder, tmp_path / "workers", "--num_workers", "2")) is None
+    assert script(on_images(images, tmp_path / "one")) is None
+    assert script(on_images(images, tmp_path / "workers", "--num_workers", "2")) is None
     assert equal(outcome(tmp_path / "one"), outcome(tmp_path / "workers"))
-    on_two_ranks(on_images(folder, tmp_path / "two", "--batch_size_per_gpu", "4"), tmp_path)
+    on_two_ranks(on_images(images, tmp_path / "two", "--batch_size_per_gpu", "4"), tmp_path)
     for record, other in zip(outcome(tmp_path / "one")[1], outcome(tmp_path / "two")[1], strict=True):
         assert record == pytest.approx(other, rel=1e-3)
-    images = data.build_dataset("folder", folder, "train")
+    dataset = data.build_dataset("folder", images, "train")
     description = argparse.Namespace(image_size=16, mean=(0.5,) * 3, std=(0.5,) * 3)
-    views = [eval_linear.AugmentedImages(images, description, *keys)[index][0]
+    views = [eval_linear.AugmentedImages(dataset, description, *keys)[index][0]
              for *keys, index in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
     assert all(not torch.equal(views[0], view) for view in views[1:])
 
@@ -429,23 +422,23 @@ def test_augmentation_is_dinos():
 
 
 @pytest.mark.parametrize("more", [("--cache_features", "--epochs", "10", "--lr", "1"), ("--solver", "lbfgs")])
-def test_probes_of_real_features_tell_dark_from_light(folder, tmp_path, one_thread, more):
-    assert script(on_images(folder, tmp_path, *more)) is None
+def test_probes_of_real_features_tell_bright_from_dark(images, tmp_path, one_thread, more):
+    assert script(on_images(images, tmp_path, *more)) is None
     _, records, _ = outcome(tmp_path)
     assert records[-1]["test_acc1"] >= 80 and "n_last_blocks" not in records[-1]
     head = tmp_path / "checkpoint.pth.tar"
-    assert script(on_images(folder, tmp_path, "--evaluate", "--pretrained_linear", head)) is None
+    assert script(on_images(images, tmp_path, "--evaluate", "--pretrained_linear", head)) is None
     assert json.loads((tmp_path / "linear.txt").read_text())["test_acc1"] == records[-1]["test_acc1"]
 
 
-def test_it_runs_in_the_folder_of_main_py(folder, tmp_path, monkeypatch, capsys, one_thread):
+def test_it_runs_in_the_folder_of_main_py(images, tmp_path, monkeypatch, capsys, one_thread):
     """The authors' command names no weights: those of the current folder. Other files of that folder stay."""
     monkeypatch.chdir(tmp_path)
     backbone = VisionTransformer(WIDTH, 3, image_size=32).state_dict()
     torch.save({"teacher": {f"backbone.{name}": value for name, value in backbone.items()}, "args": {
         "arch": "vit_tiny"}}, "checkpoint.pth")
     files = {name: (tmp_path / name).write_text(name) for name in ("log.txt", "run.lock", "heads.json")}
-    command = ["--data_path", folder, "--local-rank=0", "--device", "cpu", "--epochs", "1"]
+    command = ["--data_path", images, "--local-rank=0", "--device", "cpu", "--epochs", "1"]
     assert script(command) is None
     assert "checkpoint.pth" in capsys.readouterr().out
     assert outcome(tmp_path / "linear")[0]["epoch"] == 1
@@ -471,8 +464,8 @@ def test_vit_features_are_dinos():
 @pytest.mark.parametrize("arguments, words", [
     (["--n_last_blocks", "1"], "--n_last_blocks cannot be used with a backbone that is no vit_*"),
     (["--arch", "vit_tiny", "--n_last_blocks", "13"], "has 12 blocks"),
-    (["--num_labels", "3"], "--num_labels 3"),
-    (["--shots", "17"], "16 training images of class"),
+    (["--num_labels", "4"], "--num_labels 4"),
+    (["--shots", "17"], "6 training images of class"),
     (["--shots", "1", "--lr", "0.1", "0.2"], "one image per class"),
     (["--shots", "2", "--fraction", "0.1"], "--shots and --fraction"),
     (["--fraction", "1.5"], "--fraction"),
@@ -482,5 +475,5 @@ def test_vit_features_are_dinos():
     (["--pretrained_linear", "head.pth"], "--evaluate"),
     (["--evaluate", "--pretrained_linear", "nowhere.pth"], "no checkpoint at nowhere.pth"),
 ])
-def test_a_mistake_is_one_clear_line(folder, tmp_path, arguments, words):
-    assert words in script(on_images(folder, tmp_path, *arguments))
+def test_a_mistake_is_one_clear_line(images, tmp_path, arguments, words):
+    assert words in script(on_images(images, tmp_path, *arguments))
