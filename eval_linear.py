@@ -465,6 +465,8 @@ def evaluate_head(args, backbone: nn.Module, description: pretrained.Description
     elif more or candidate.avgpool_patchtokens and candidate.n_last_blocks > 1:
         raise UserError(f"{path} does not tell its features; give one --n_last_blocks and one "
                         "--avgpool_patchtokens, true only with --n_last_blocks 1, as DINO's heads")
+    else:
+        candidate = candidate._replace(lr=None)
     network = FrozenFeatures(backbone, [candidate])
     test = data.build_dataset(args.dataset, args.data_path, "test", download=args.download)
     grid = HeadGrid([network.columns(candidate)], count_labels(args.num_labels, test)).to(device)
