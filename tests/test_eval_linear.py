@@ -438,12 +438,14 @@ def test_it_runs_in_the_folder_of_main_py(images, tmp_path, monkeypatch, capsys,
     backbone = VisionTransformer(WIDTH, 3, image_size=32).state_dict()
     torch.save({"teacher": {f"backbone.{name}": value for name, value in backbone.items()}, "args": {
         "arch": "vit_tiny"}}, "checkpoint.pth")
-    files = {name: (tmp_path / name).write_text(name) for name in ("log.txt", "run.lock", "heads.json")}
+    others = [tmp_path / name for name in ("log.txt", "run.lock", "heads.json")]
+    for file in others:
+        file.write_text("main.py's")
     command = ["--data_path", images, "--local-rank=0", "--device", "cpu", "--epochs", "1"]
     assert script(command) is None
     assert "checkpoint.pth" in capsys.readouterr().out
     assert outcome(tmp_path / "linear")[0]["epoch"] == 1
-    assert all((tmp_path / name).read_text() == name for name in files)
+    assert all(file.read_text() == "main.py's" for file in others)
     (tmp_path / "checkpoint.pth").rename(tmp_path / "moved.pth")
     assert "--pretrained_weights is missing" in script(command)
     assert script([*command, "--pretrained_weights", "moved.pth"]) is None  # the run knows its weights again
