@@ -298,22 +298,23 @@ def on_two_ranks(arguments, folder):
         assert ended.returncode == 0, ended.stderr
 
 
-@pytest.mark.parametrize("arguments", [GRID, ("--solver", "lbfgs")])
-def test_two_ranks_equal_one(sets, tmp_path, arguments):
+@pytest.mark.parametrize("arguments, tolerance", [(GRID, 1e-4), (("--solver", "lbfgs"), 0.03)])
+def test_two_ranks_equal_one(sets, tmp_path, monkeypatch, arguments, tolerance):
     """The same global batches, 270 rows in 5 of them, and 101 test images in shares that differ."""
+    monkeypatch.setattr(eval_linear, "L2_GRID", (1.0, 0.1))  # flatter minima amplify rounding
+    for rows, count, seed in zip(sets, (300, 101), (1, 2)):
+        rows.__init__(*clusters(count, 2 * WIDTH, 5, seed, 2.0))  # easy, so that no count hangs on rounding
     assert script(flags(tmp_path / "one", *arguments)) is None
     on_two_ranks(flags(tmp_path / "two", *arguments, "--batch_size_per_gpu", "32"), tmp_path)
     one, records, heads = outcome(tmp_path / "one")
     two, other_records, other_heads = outcome(tmp_path / "two")
     assert one["chosen"] == two["chosen"]
-    for index, (head, other) in enumerate(zip(heads, other_heads, strict=True)):
-        if head.get("l2", 1) > 1e-4:  # flatter minima amplify rounding
-            assert head == pytest.approx(other, rel=1e-4 if arguments == GRID else 5e-3)
-            logits = [sets[1].features[:, -weight.shape[1]:] @ weight.T + bias for weight, bias in (
-                [run["heads"][f"heads.{index}.{name}"] for name in ("weight", "bias")] for run in (one, two))]
-            assert (logits[0] - logits[1]).norm() < (1e-4 if arguments == GRID else 0.02) * logits[0].norm()
-    for record, other in zip(records, other_records, strict=True):
-        assert record == pytest.approx(other, rel=1e-4 if arguments == GRID else 5e-3)
+    for index in range(len(heads)):
+        logits = [sets[1].features[:, -weight.shape[1]:] @ weight.T + bias for weight, bias in (
+            [run["heads"][f"heads.{index}.{name}"] for name in ("weight", "bias")] for run in (one, two))]
+        assert (logits[0] - logits[1]).norm() < tolerance * logits[0].norm()
+    for record, other in zip(heads + records, other_heads + other_records, strict=True):
+        assert record == pytest.approx(other, rel=tolerance)
 
 
 def test_evaluate_gives_the_accuracy_of_the_run(sets, tmp_path):
