@@ -1,54 +1,69 @@
 """The AUC-CL objective: contrastive learning as AUC maximisation (Sharma, Ji, Xu, Chen; ICLR 2024).
 
     from auccl_loss import AUCCLLoss
-    criterion = AUCCLLoss()                                   # weights a, b and alpha are its parameters
-    optimizer = torch.optim.AdamW([{"params": model.parameters()},
-                                   *criterion.param_groups(lr=1e-3, adaptive=True)], lr=1e-3)
-    loss = criterion(model(view0), model(view1))              # [n, D], [n, D] -> scalar
-    loss.backward(); optimizer.step()                         # descends in model, a, b; ascends in alpha
+    criterion = AUCCLLoss()                                   # the weights a, b and alpha are its parameters
+    optimizer = torch.optim.AdamW([{"params": model.parameters()}, *criterion.param_groups(lr=1e-3)], lr=1e-3)
+    loss = criterion(model(view0), model(view1))  # [n, D], [n, D] -> scalar
+    loss.backward(); optimizer.step()                         # model, a and b descend, alpha ascends
 
-A score is an affine map of the cosine of two embeddings, h = s cos + t. Positive pairs are two views of one image, negative
-pairs two views of different images; E+ and E- are means over pairs, m the margin, nu and kappa weights of the negatives:
+A score is an affine map of the cosine of two embeddings, h = s cos + t. Positive pairs are two views of one
+image, negative pairs views of two images. E+ and E- are means over pairs, m is the margin, nu and kappa are
+weights of the negatives:
 
     min over network, a, b   max over alpha
-    L = E+[(h - a)^2] + nu E-[(h - b)^2] + 2 alpha (m - E+[h] + kappa E-[h]) - alpha^2                                    (1)
+    L = E+[(h - a)^2] + nu E-[(h - b)^2] + 2 alpha (m - E+[h] + kappa E-[h]) - alpha^2                (1)
 
-At the saddle a = E+[h], b = E-[h], alpha = m - a + kappa b. With nu = kappa = 1, (1) there equals the mean of (m - h+ + h-)^2
-over all couples of a positive and a negative pair: the square surrogate of the AUC (Ying, Wen, Lyu; NeurIPS 2016).
-
-(1) needs only the first two moments of the cosine over pairs, and those are sums over images:
+At the saddle a = E+[h], b = E-[h], alpha = m - a + kappa b. With nu = kappa = 1, (1) is there the mean of
+(m - h+ + h-)^2 over all couples of a positive and a negative pair: the square surrogate of the AUC (Ying,
+Wen, Lyu; NeurIPS 2016). (1) needs the first two moments of the cosine over pairs, which are sums over images:
 
     sum_ij  q_i . k_j     = (sum_i q_i) . (sum_j k_j)
-    sum_ij (q_i . k_j)^2  = < Q^T Q , K^T K >_F                                                                           (2)
+    sum_ij (q_i . k_j)^2  = < Q^T Q , K^T K >_F                                                       (2)
 
-so the exact objective over all pairs costs O(n D^2) time and O(D^2) memory, and over all pairs of all ranks one all-reduce
-of a D-vector and a D x D matrix per branch: no n x n matrix, and no gathering of embeddings.
+So the objective over all pairs costs O(n D^2) time and O(D^2) memory without an n x n matrix, and one
+all-reduce over ranks. Where D is the larger, matrices of cosines are taken, over ranks from gathered rows.
+Every rank holds the whole objective: DistributedDataParallel's mean over ranks is its gradient.
 """
+import functools
+import inspect
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from released_losses import released_cifar, released_imagenet
+
 SCORES = {"cosine": (1.0, 0.0), "unit": (0.5, 0.5)}  # name -> (s, t) of the score h = s cos + t
 WEIGHTS = ("a", "b", "alpha")
+ALWAYS_GRAM_WIDTH = 512  # up to this D (1 MB) ranks take Gram matrices without asking one another for n
 
 
 class PairMoments(NamedTuple):
-    """Moments of the cosine over positive and over negative pairs, 0-dim tensors; `negatives` counts them per anchor."""
+    """Moments of the cosine over positive and negative pairs; `negatives` counts those per anchor."""
 
     positive_mean: Tensor
     positive_square: Tensor
     negative_mean: Tensor
     negative_square: Tensor
-    negatives: Tensor
+    negatives: int | Tensor
+
+    def of_score(self, score: str) -> "PairMoments":
+        """The moments of the score h = s cos + t."""
+        s, t = SCORES[score]
+        if (s, t) == (1, 0):
+            return self
+        means = s * self.positive_mean + t, s * self.negative_mean + t
+        squares = [s**2 * square + 2 * s * t * mean + t**2 for mean, square in (self[:2], self[2:4])]
+        return PairMoments(means[0], squares[0], means[1], squares[1], self.negatives)
 
 
-# ---------------------------------------------------------------------------------------------------- functions of tensors
+# -------------------------------------------------------------------------------------- functions of tensors
 
 def unit_rows(z: Tensor) -> Tensor:
-    """Rows scaled to length 1, in float32 at least: [..., D] -> [..., D]. A zero row stays zero and gets zero gradient."""
+    """Rows scaled to length 1, in float32 at least, [..., D]. A zero row stays zero, without gradient."""
     return _UnitRows.apply(_at_least_float32(z))[0]
 
 
@@ -56,108 +71,106 @@ def symmetric_moments(z0: Tensor, z1: Tensor, gather: bool = True, gram: bool | 
     """Moments over all pairs of 2n views, gradient through both branches.
 
     Args:
-        z0, z1: unit rows [n, D]; row i of both comes from image i. Anchors are all 2n views, an anchor's negatives the
-            2n - 2 views of other images.
-        gather: take the pairs over the images of all ranks (when a process group is up), not only of this one.
-        gram: by D x D Gram matrices, equation (2), or by the 2n x 2n matrix of cosines; None takes the cheaper.
+        z0, z1: unit rows [n, D]; row i of both comes from image i. Anchors are all 2n views, an anchor's
+            negatives the 2n - 2 views of other images.
+        gather: take the pairs over the images of all ranks (when a process group is up), not of this one.
+        gram: by D x D Gram matrices, equation (2), or by matrices of cosines; None takes the cheaper.
     """
-    n, dim = z0.shape
-    z = torch.cat([z0, z1])                                               # [2n, D]
-    positives = (z0 * z1).sum(1)                                          # [n]
-    # Ordered pairs within one image, each view with itself included. A unit row's square is constant: no gradient.
-    squares = z.detach().square().sum(1)                                  # [2n], 1, or 0 for a zero row
-    own = torch.stack([positives.sum(), positives.square().sum()])        # [2]
-    within = 2 * own + torch.stack([squares.sum(), squares.square().sum()])
-
-    if gram or _world_size(gather) > 1 or (gram is None and 2 * n > dim):
-        count = z.new_full((), n)
-        count, own, within, total, square = _sum_over_ranks(count, own, within, *_Sums.apply(z), gather=gather)
-        pairs = torch.stack([total.square().sum(), square.square().sum()])
+    positives = (z0 * z1).sum(1)  # [n]
+    own = torch.stack([positives.sum(), positives @ positives])  # [2]
+    if (images := _images_for_cosines(z0, 2, gather, gram)) is None:
+        count, own, total, square = _sum_over_ranks(len(z0), own, *_Sums.apply(z0, z1), gather=gather)
+        pairs = torch.stack([total @ total, square.flatten() @ square.flatten()])
+        selves = square.detach().trace()  # sum of |z_i|^2
     else:
-        count, cosines = z.new_full((), n), z @ z.T                       # [2n, 2n]
+        z = torch.cat([z0, z1])  # [2n, D]
+        cosines = z @ _gather_rows(z, [2 * n for n in images]).T  # [2n, 2 sum(images)]
         pairs = torch.stack([cosines.sum(), cosines.square().sum()])
-
+        selves = z.detach().square().sum()
+        count, own, pairs, selves = _sum_over_ranks(len(z0), own, pairs, selves, gather=gather)
+    # Ordered pairs within one image: its positive twice, and each view with itself: 1, or 0 for a zero row.
+    within = 2 * own + selves
     negatives = 2 * count - 2
     return PairMoments(*(own / count), *((pairs - within) / (2 * count * negatives)), negatives)
 
 
-def teacher_student_moments(teacher: Tensor, student: Tensor, gather: bool = True, gram: bool | None = None) -> PairMoments:
+def teacher_student_moments(teacher: Tensor, student: Tensor, gather: bool = True,
+                            gram: bool | None = None) -> PairMoments:
     """Moments over every couple of a teacher view u and a student view v != u; no gradient into the teacher.
 
     Args:
-        teacher: rows [U, n, D] of the U global views. They need not be of unit length: `cos` is then the plain product.
-        student: rows [V, n, D], V >= U, V > 1; student view u < U is the same view as teacher view u. In a couple, anchor
+        teacher: unit rows [U, n, D] of the U global views.
+        student: unit rows [V, n, D], V >= U, V > 1; student view u < U is teacher view u. In a couple, anchor
             t_u[i] has the positive s_v[i] and the n - 1 negatives s_v[j], j != i. All couples weigh the same.
         gather, gram: as in `symmetric_moments`.
     """
     (u, n, dim), v = teacher.shape, len(student)
     teacher = teacher.detach()
-    other = 1 - torch.eye(u, v, dtype=teacher.dtype, device=teacher.device)            # [U, V]: 0 for the same view
-    positives = torch.einsum("und,vnd->uvn", teacher, student) * other[..., None]      # [U, V, n]
+    other = 1 - torch.eye(u, v, dtype=teacher.dtype, device=teacher.device)  # [U, V]: 0 for the same view
+    positives = torch.einsum("und,vnd->uvn", teacher, student) * other[..., None]  # [U, V, n]
     own = torch.stack([positives.sum(), positives.square().sum()])
 
-    # Gram matrices cost (U + V) n D^2, matrices of cosines U V n^2 D.
-    if gram or _world_size(gather) > 1 or (gram is None and u * v * n > (u + v) * dim):
-        local = student[u:].reshape(-1, dim)                                           # the views that no teacher view is
-        count, t_sum, t_gram = _sum_over_ranks(
-            teacher.new_full((), n), teacher.sum(1), teacher.mT @ teacher, gather=gather)
-        s_sum, s_gram = (torch.stack(x) for x in zip(*map(_Sums.apply, [*student[:u], local])))   # [U + 1, ...], last: local
-        own, s_sum, s_gram = _sum_over_ranks(own, s_sum, s_gram, gather=gather)
-        other = 1 - torch.eye(u, u + 1, dtype=teacher.dtype, device=teacher.device)
-        pairs = torch.stack([(other * (t_sum @ s_sum.T)).sum(),
-                             (other * (t_gram.flatten(1) @ s_gram.flatten(1).T)).sum()])
+    if (images := _images_for_cosines(teacher[0], u * v / (u + v), gather, gram)) is None:
+        views = [[x] for x in student[:u]] + [student[u:].unbind()] * (v > u)  # last: the student's alone
+        sums, grams = map(torch.stack, zip(*(_Sums.apply(*x) for x in views)))  # [U + 1, D], [U + 1, D, D]
+        count, own, t_sums, t_grams, s_sums, s_grams = _sum_over_ranks(
+            n, own, teacher.sum(1), teacher.mT @ teacher, sums, grams, gather=gather)
+        other = other[:, :len(views)]
+        pairs = torch.stack([(other * (t_sums @ s_sums.T)).sum(),
+                             (other * (t_grams.flatten(1) @ s_grams.flatten(1).T)).sum()])
     else:
-        count = teacher.new_full((), n)
-        cosines = torch.einsum("uid,vjd->uvij", teacher, student) * other[..., None, None]
+        cosines = torch.einsum("uid,vjd->uvij", _gather_rows(teacher, images), student)
+        cosines = cosines * other[..., None, None]
         pairs = torch.stack([cosines.sum(), cosines.square().sum()])
+        count, own, pairs = _sum_over_ranks(n, own, pairs, gather=gather)
 
-    anchors, negatives = u * (v - 1) * count, count - 1                                # anchors: over all couples
+    anchors, negatives = u * (v - 1) * count, count - 1  # anchors: over all couples
     return PairMoments(*(own / anchors), *((pairs - own) / (anchors * negatives)), negatives)
 
 
-def auc_objective(moments: PairMoments, a, b, alpha, margin=1.0, negative_weight=1.0, margin_negative_weight=1.0,
-                  score: str = "cosine") -> Tensor:
-    """Equation (1) from the moments of the cosine; a 0-dim tensor. Weights are numbers or 0-dim tensors."""
-    s, t = SCORES[score]
-    h_positive, h_negative = s * moments.positive_mean + t, s * moments.negative_mean + t
-    # E[(h - a)^2] with h - a = s cos + (t - a)
-    positive_spread = s**2 * moments.positive_square + 2 * s * (t - a) * moments.positive_mean + (t - a)**2
-    negative_spread = s**2 * moments.negative_square + 2 * s * (t - b) * moments.negative_mean + (t - b)**2
-    violation = margin - h_positive + margin_negative_weight * h_negative
-    return positive_spread + negative_weight * negative_spread + 2 * alpha * violation - alpha**2
+def auc_objective(moments: PairMoments, a, b, alpha, margin=1.0, negative_weight=1.0,
+                  margin_negative_weight=1.0) -> Tensor:
+    """Equation (1) from the moments of the score; a 0-dim tensor. Weights are numbers or 0-dim tensors."""
+    positive_mean, positive_square, negative_mean, negative_square, _ = moments
+    positive_spread = positive_square + a * (a - 2 * positive_mean)  # E+[(h - a)^2]
+    negative_spread = negative_square + b * (b - 2 * negative_mean)
+    violation = margin - positive_mean + margin_negative_weight * negative_mean
+    return positive_spread + negative_weight * negative_spread + alpha * (2 * violation - alpha)
 
 
 @torch.no_grad()
 def pair_auc(z0: Tensor, z1: Tensor, chunk: int = 256) -> float:
-    """AUC of positive against negative cosines: the share of couples (positive pair, negative pair) in the right order.
+    """AUC of positive against negative cosines: the share of couples (positive, negative) in the right order.
 
-    Exact over the n positive and 2n (2n - 2) negative pairs of two views [n, D], ties counted half; memory O(chunk n).
+    Exact over the n positive and 2n (2n - 2) negative pairs of two views [n, D]; ties count half.
     """
     _check_views(z0, z1, 2)
     z = torch.cat([unit_rows(z0), unit_rows(z1)])
     n = len(z0)
     positives = (z[:n] * z[n:]).sum(1).sort().values
-    ordered = 0                                                                        # twice the couples in order
+    ordered = 0  # twice the couples in order
     for start in range(0, 2 * n, chunk):
-        cosines = z[start:start + chunk] @ z.T                                         # [chunk, 2n]
+        cosines = z[start:start + chunk] @ z.T  # [chunk, 2n]
         image = torch.arange(start, start + len(cosines), device=z.device) % n
         negatives = cosines[image[:, None] != torch.arange(2 * n, device=z.device) % n]
-        below = torch.searchsorted(positives, negatives, right=False) + torch.searchsorted(positives, negatives, right=True)
-        ordered += 2 * n * negatives.numel() - below.sum().item()
+        below = sum(torch.searchsorted(positives, negatives, right=right).sum() for right in (False, True))
+        ordered += 2 * n * negatives.numel() - below.item()
     return ordered / (2 * n * 2 * n * (2 * n - 2))
 
 
 class _UnitRows(torch.autograd.Function):
-    """x -> x / |x| by rows, and |x|. The gradient, (g - z (z . g)) / |x|, takes four passes over memory where autograd takes a
-    dozen. The norm, infinite for a zero row, is an output only so that second derivatives are right."""
+    """x -> x / |x| by rows, and |x|. The gradient (g - z (z . g)) / |x| passes over memory four times,
+    autograd's a dozen. |x|, infinite for a zero row, is an output so that second derivatives are right."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(x):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         norm = norm.masked_fill(norm < 1e-12, math.inf)
-        z = x / norm
-        ctx.save_for_backward(z, norm)
-        return z, norm
+        return x / norm, norm
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*output)
 
     @staticmethod
     def backward(ctx, grad, grad_norm):
@@ -167,54 +180,37 @@ class _UnitRows(torch.autograd.Function):
 
 
 class _Sums(torch.autograd.Function):
-    """x [n, D] -> sum_i x_i [D] and X^T X [D, D]. The Gram matrix is symmetric, so its gradient is one product with x where
-    autograd takes two, and the sum's gradient rides along in it."""
+    """Views x [n, D] -> the sums over all views and rows of x_i, [D], and of x_i x_i^T, [D, D]. The gradient
+    takes one product with x, autograd's two."""
 
     @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sum(0), x.T @ x
+    def forward(*views):
+        total, gram = views[0].sum(0), views[0].T @ views[0]
+        for x in views[1:]:
+            total, gram = total + x.sum(0), torch.addmm(gram, x.T, x)
+        return total, gram
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad_sum, grad_gram):
-        x, = ctx.saved_tensors
-        return torch.addmm(grad_sum, x, grad_gram + grad_gram.T)
+        grad_gram = grad_gram + grad_gram.T
+        return tuple(torch.addmm(grad_sum, x, grad_gram) for x in ctx.saved_tensors)
 
 
-class _AllReduce(torch.autograd.Function):
-    """The sum over ranks. Its gradient is a sum over ranks as well."""
-
-    @staticmethod
-    def forward(ctx, x):
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _AllReduce.apply(grad)
+for _function in (_UnitRows, _Sums):  # kept here, since torch derives it at every call, which costs 15 us
+    _function.forward.__signature__ = inspect.signature(_function.forward)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _world_size(gather: bool) -> int:
-    return dist.get_world_size() if gather and dist.is_available() and dist.is_initialized() else 1
-
-
-def _sum_over_ranks(*tensors: Tensor, gather: bool) -> list[Tensor]:
-    """The tensors summed over ranks by one all-reduce. Its gradient is summed over ranks too: every rank holds the whole
-    objective, so the mean over ranks that DDP takes of the network's gradients is the objective's own gradient."""
-    if _world_size(gather) == 1:
-        return list(tensors)
-    flat = _AllReduce.apply(torch.cat([x.reshape(-1) for x in tensors]))
-    return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
-
-
-def _mean_over_ranks(grad: Tensor) -> Tensor:
-    mean, = _sum_over_ranks(grad, gather=True)
-    return mean / _world_size(True)
+def _scale_gradient(x: Tensor, factor) -> Tensor:
+    """x itself, with its gradient multiplied by the factor."""
+    return torch.lerp(x.detach(), x, factor)
 
 
 def _check_views(first: Tensor, second: Tensor, dims: int, world: int = 1) -> None:
@@ -225,31 +221,109 @@ def _check_views(first: Tensor, second: Tensor, dims: int, world: int = 1) -> No
         if x.dim() != dims:
             raise ValueError(f"embeddings must be {names}, got shape {list(x.shape)}")
     if first.shape[dims - 2:] != second.shape[dims - 2:]:
-        raise ValueError(f"the branches' embeddings differ in shape: {list(first.shape)} and {list(second.shape)}")
+        raise ValueError(f"the branches differ in shape: {list(first.shape)} and {list(second.shape)}")
     if first.shape[-2] * world < 2 or first.shape[-2] == 0:
         raise ValueError(f"negative pairs need at least two images, got {first.shape[-2]}")
+    if dims == 3 and (len(second) < max(2, len(first)) or len(first) == 0):
+        raise ValueError("the student must see every teacher view and one more: got "
+                         f"{len(first)} teacher views and {len(second)} student views")
 
 
-# -------------------------------------------------------------------------------------------------------------- the module
+# ------------------------------------------------------------------------------------------------ over ranks
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over ranks. Its gradient is a sum over ranks as well."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _AllReduce.apply(grad)
+
+
+class _AverageGradient(torch.autograd.Function):
+    """The identity. Its gradient is averaged over ranks."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _mean_over_ranks(grad)
+
+
+def _world_size(gather: bool = True) -> int:
+    return dist.get_world_size() if gather and dist.is_available() and dist.is_initialized() else 1
+
+
+def _mean_over_ranks(x: Tensor) -> Tensor:
+    return x if _world_size() == 1 else _AllReduce.apply(x) / _world_size()
+
+
+def _sum_over_ranks(count: int, *tensors: Tensor, gather: bool) -> list[int | Tensor]:
+    """The count and the tensors summed over ranks, by one all-reduce."""
+    if _world_size(gather) == 1:
+        return [count, *tensors]
+    tensors = [tensors[0].new_full((), count), *tensors]
+    flat = _AllReduce.apply(torch.cat([x.reshape(-1) for x in tensors]))
+    return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
+
+
+def _images_for_cosines(rows: Tensor, factor: float, gather: bool, gram: bool | None) -> list[int] | None:
+    """The ranks' numbers of images where matrices of cosines are to be taken, None where Gram matrices are.
+
+    rows: [n, D] of this rank. gram=None takes the cheaper: cosines where factor * images of all ranks <= D.
+    """
+    n, dim = rows.shape
+    world = _world_size(gather)
+    if gram or (gram is None and world > 1 and dim <= ALWAYS_GRAM_WIDTH):
+        return None
+    images = [n]
+    if world > 1:
+        images = torch.zeros(world, dtype=torch.int64, device=rows.device)
+        images[dist.get_rank()] = n
+        dist.all_reduce(images)
+        images = images.tolist()  # the host waits
+    return None if gram is None and factor * sum(images) > dim else images
+
+
+def _gather_rows(x: Tensor, counts: list[int]) -> Tensor:
+    """The rows of all ranks, which may differ in n: [..., n, D] -> [..., sum(counts), D]. An all-reduce of
+    zero-padded rows; its gradient is a sum over ranks and a slice."""
+    if len(counts) == 1:
+        return x
+    before, after = sum(counts[:dist.get_rank()]), sum(counts[dist.get_rank() + 1:])
+    return _AllReduce.apply(nn.functional.pad(x, (0, 0, before, after)))
+
+
+# ----------------------------------------------------------------------------------------------- the modules
 
 class AUCCLLoss(nn.Module):
-    """Equation (1) of this file as a module whose parameters are the primal weights a, b and the dual weight alpha.
+    """Equation (1) of this file. The primal weights a, b and the dual weight alpha are parameters.
+
+    Any optimiser that descends does descent-ascent: alpha's gradient is reversed, and b's is divided by nu,
+    so that plain steps on all three are stable below a learning rate of 1 (the curvature in b is 2 nu).
 
     Args:
-        a, b, alpha: initial values. a settles at the mean positive score, b at the mean negative one, alpha at the
-            margin's violation m - a + kappa b.
+        a, b, alpha: initial values.
         margin: m.
-        negative_weight: nu, weight of the negatives' spread; a number, or "sum" for the number of negatives per anchor.
-        margin_negative_weight: kappa, weight of the negatives in the margin term; likewise. Keep it at 1 for a student that
-            faces a teacher: with kappa = nu > 1 and a learned, collapse to one negative cosine has loss 0.
+        negative_weight: nu, weight of the negatives' spread; "sum" is the number of negatives per anchor.
+        margin_negative_weight: kappa, weight of the negatives in the margin term; likewise. Keep it at 1 for
+            a student that faces a teacher: with kappa = nu > 1, collapse to one negative cosine has loss 0.
         learn: which of a, b, alpha are learned; the others are held at their initial values.
         score: "cosine", h = cos, or "unit", h = (1 + cos) / 2.
-        gather: negatives from all ranks when a process group is up; False keeps to this rank's.
+        gather: negatives from all ranks when a process group is up; False keeps to this rank's, and averages
+            the gradients of a, b, alpha over ranks.
 
-    With nu and kappa independent of the batch, every minibatch gradient is an unbiased estimate of the population's, at any
-    batch size: pair means are U-statistics. (Of a network in which an embedding depends on its own image alone; batch norm in
-    training mode makes it depend on the batch, under every loss.) Embeddings are normalised inside; moments are float32 at
-    least, also under autocast. ValueError for fewer than two images, mismatched shapes and non-floating input.
+    With nu and kappa independent of the batch, minibatch gradients are unbiased estimates of the population's
+    at any batch size: pair means are U-statistics. (Batch norm in training mode breaks this, as ever.)
+    Embeddings are normalised inside; moments are float32 at least, also under autocast. ValueError for fewer
+    than two images, mismatched shapes and non-floating input.
     """
 
     def __init__(self, a: float = 1.0, b: float = 0.0, alpha: float = 1.0, margin: float = 1.0,
@@ -260,58 +334,44 @@ class AUCCLLoss(nn.Module):
             raise ValueError(f"learn names {', '.join(unknown)}; it may hold {', '.join(WEIGHTS)}")
         if score not in SCORES:
             raise ValueError(f"unknown score {score!r}; choose from {', '.join(SCORES)}")
-        for name, value in (("negative_weight", negative_weight), ("margin_negative_weight", margin_negative_weight)):
+        for value in (negative_weight, margin_negative_weight):
             if value != "sum" and (isinstance(value, str) or not 0 < value < math.inf):
-                raise ValueError(f"{name} must be a positive number or 'sum', got {value!r}")
+                raise ValueError(f"negatives' weights must be positive numbers or 'sum', got {value!r}")
         if not all(map(math.isfinite, (a, b, alpha, margin))):
             raise ValueError(f"a, b, alpha and margin must be finite, got {a}, {b}, {alpha}, {margin}")
         for name, value in zip(WEIGHTS, (a, b, alpha)):
             setattr(self, name, nn.Parameter(torch.tensor(float(value)), requires_grad=name in learn))
-            if name in learn and not gather:  # this rank's gradient: averaged, so that the weights stay equal on all ranks
-                getattr(self, name).register_hook(_mean_over_ranks)
         self.margin, self.score, self.gather = float(margin), score, gather
         self.negative_weight, self.margin_negative_weight = negative_weight, margin_negative_weight
-        self.means = None             # [2], detached: positive and negative mean score of the last call
+        self.means = None  # [2], detached: positive and negative mean score of the last call
         self._checked_equal = False   # a, b, alpha were compared over ranks
+        self._calls, self._warned = 0, False
 
     @staticmethod
     def preset(name: str, **overrides) -> "AUCCLLoss":
-        """The loss of a published setting: "paper", "released-cifar" or "released-imagenet"; ValueError for another name.
-
-        `overrides` are arguments of the loss, e.g. `preset("paper", negative_weight=4)`.
-        """
+        """The loss named `name` in PRESETS (else ValueError); `overrides` are arguments of that loss."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
         return PRESETS[name](**overrides)
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        """Symmetric form. z0, z1: [n, D], two views of n images, gradient through both; returns a 0-dim tensor."""
+        """Symmetric form. z0, z1: [n, D], two views of n images, gradient through both; a 0-dim tensor."""
         _check_views(z0, z1, 2, _world_size(self.gather))
         with torch.autocast(z0.device.type, enabled=False):
             return self._objective(symmetric_moments(unit_rows(z0), unit_rows(z1), self.gather))
 
     def teacher_student(self, teacher: Tensor, student: Tensor) -> Tensor:
-        """Multi-crop form. teacher: [U, n, D] of the global views, without gradient; student: [V, n, D] of all views, of
-        which the first U are the teacher's; returns a 0-dim tensor, the mean over couples of different views."""
-        self._check_teacher_student(teacher, student)
+        """Multi-crop form, the mean over couples of different views; a 0-dim tensor. teacher: [U, n, D] of
+        the global views, without gradient; student: [V, n, D] of all views, the first U are the teacher's."""
+        _check_views(teacher, student, 3, _world_size(self.gather))
         with torch.autocast(student.device.type, enabled=False):
-            return self._objective(teacher_student_moments(unit_rows(teacher), unit_rows(student), self.gather))
+            moments = teacher_student_moments(unit_rows(teacher), unit_rows(student), self.gather)
+            return self._objective(moments)
 
-    def param_groups(self, lr: float, adaptive: bool = False) -> list[dict]:
-        """Optimiser groups of the learned weights: no weight decay, and `maximize=True` for alpha, which ascends.
-
-        (1) has curvature 2 in a, 2 nu in b and -2 in alpha. A plain gradient step on b diverges above 1 / nu, so b's group
-        gets lr / nu, and all three are stable for lr < 1, whatever nu. Pass `adaptive=True` for an optimiser whose step
-        does not depend on the gradient's scale (Adam, LARS): b then keeps lr. With nu = "sum", known only with the batch,
-        plain steps on b are refused (ValueError).
-        """
-        if not adaptive and self.b.requires_grad and self.negative_weight == "sum":
-            raise ValueError("negative_weight='sum' has no fixed plain step for b: use Adam and param_groups(lr, adaptive=True), "
-                             "or hold b")
-        b_scale = 1.0 if adaptive or not self.b.requires_grad else 1.0 / max(1.0, self.negative_weight)
-        steps = {"a": lr, "b": lr * b_scale, "alpha": lr}
-        return [{"params": [weight], "lr": steps[name], "weight_decay": 0.0, "maximize": name == "alpha"}
-                for name, weight in self.named_parameters() if weight.requires_grad]
+    def param_groups(self, lr: float) -> list[dict]:
+        """Optimiser group of the learned weights, without weight decay; none if all are held."""
+        learned = [weight for _, weight in self.named_parameters() if weight.requires_grad]
+        return [{"params": learned, "lr": lr, "weight_decay": 0.0}] if learned else []
 
     @property
     def stats(self) -> dict[str, float]:
@@ -321,85 +381,74 @@ class AUCCLLoss(nn.Module):
 
     def extra_repr(self) -> str:
         learned = ", ".join(name for name in WEIGHTS if getattr(self, name).requires_grad)
-        return (f"margin={self.margin}, negative_weight={self.negative_weight}, "
-                f"margin_negative_weight={self.margin_negative_weight}, learn=({learned}), score={self.score}")
+        return (f"margin={self.margin}, negative_weight={self.negative_weight}, margin_negative_weight="
+                f"{self.margin_negative_weight}, learn=({learned}), score={self.score}")
 
     def _objective(self, moments: PairMoments) -> Tensor:
-        self._check_equal_over_ranks()
-        self._remember(moments, *SCORES[self.score])
+        moments = moments.of_score(self.score)
+        self.means = torch.stack([moments.positive_mean.detach(), moments.negative_mean.detach()])
         nu, kappa = (moments.negatives if weight == "sum" else weight
                      for weight in (self.negative_weight, self.margin_negative_weight))
-        return auc_objective(moments, self.a, self.b, self.alpha, self.margin, nu, kappa, self.score)
+        a, b, alpha = self._weights(moments.positive_mean)
+        self._check_range(alpha, kappa)
+        b, alpha = _scale_gradient(b, 1 / nu), _scale_gradient(alpha, -1)
+        return auc_objective(moments, a, b, alpha, self.margin, nu, kappa)
 
-    def _remember(self, moments: PairMoments, s: float, t: float) -> None:
-        self.means = s * torch.stack([moments.positive_mean, moments.negative_mean]).detach() + t
+    def _weights(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """a, b, alpha, on the device and in the dtype of `like`."""
+        weights = [getattr(self, name).to(like) for name in WEIGHTS]
+        if _world_size() == 1:
+            return weights
+        weights = torch.stack(weights)
+        if not self._checked_equal:  # gradients are equal on all ranks: weights that start equal stay so
+            low, high = weights.detach().clone(), weights.detach().clone()
+            dist.all_reduce(low, dist.ReduceOp.MIN)
+            dist.all_reduce(high, dist.ReduceOp.MAX)
+            if not torch.equal(low, high):
+                raise RuntimeError(f"a, b, alpha differ between ranks ({weights.tolist()}): start them equal")
+            self._checked_equal = True
+        return (weights if self.gather else _AverageGradient.apply(weights)).unbind()
 
-    def _check_teacher_student(self, teacher: Tensor, student: Tensor) -> None:
-        _check_views(teacher, student, 3, _world_size(self.gather))
-        if len(student) < max(2, len(teacher)) or len(teacher) == 0:
-            raise ValueError(f"the student must see every teacher view and one more: got {len(teacher)} teacher views and "
-                             f"{len(student)} student views")
-
-    def _check_equal_over_ranks(self) -> None:
-        """The gradients of a, b, alpha are global, so the weights stay equal on all ranks if they start equal."""
-        if self._checked_equal or _world_size(True) == 1:
+    def _check_range(self, alpha: Tensor, kappa) -> None:
+        """Warns once of an alpha that no scores in [-1, 1] explain. On an accelerator, where reading it makes
+        the host wait, every 100th call looks."""
+        self._calls += 1
+        if self._warned or not self.alpha.requires_grad or (alpha.device.type != "cpu" and self._calls % 100):
             return
-        mine = torch.stack([getattr(self, name).detach() for name in WEIGHTS])
-        low, high = mine.clone(), mine.clone()
-        dist.all_reduce(low, dist.ReduceOp.MIN)
-        dist.all_reduce(high, dist.ReduceOp.MAX)
-        if not torch.equal(low, high):
-            raise RuntimeError(f"a, b, alpha differ between ranks ({mine.tolist()} here): start them equal on all ranks")
-        self._checked_equal = True
+        value, bound = alpha.item(), abs(self.margin) + 1 + float(kappa)
+        if abs(value) > bound:
+            self._warned = True
+            warnings.warn(f"alpha = {value:.3g} is out of its range, +-{bound:.3g}: alpha ascends by itself "
+                          "through a reversed gradient; maximize=True or a sign flip makes it descend. Or "
+                          "the learning rate is too large", stacklevel=2)
 
 
 class ReleasedCIFARLoss(AUCCLLoss):
-    """What the authors' released CIFAR code optimises, on 2n views z0, z1 with a = 10 and alpha = 1 held:
+    """`released_cifar` as a module: symmetric form only, this rank's images, `b` learned by plain descent."""
 
-        mean over images ((p - a)^2 - 2 alpha p) + mean over anchors of sum_j ((h_j - b)^2 + 2 alpha h_j) - 2n
-
-    with the positive score p = clamp(cos / 2, 0, 1), the negative score h = (1 + cos) / 2, and all other 2n - 1 views as an
-    anchor's negatives, its positive among them. Symmetric form only. `b` is learned unless `learn=()`.
-    """
-
-    def __init__(self, a: float = 10.0, b: float = 0.0, alpha: float = 1.0, learn: tuple[str, ...] = ("b",),
-                 gather: bool = True):
+    def __init__(self, a: float = 10.0, b: float = 0.0, alpha: float = 1.0, learn: tuple[str, ...] = ("b",)):
         if "alpha" in learn:
             raise ValueError("released-cifar is linear in alpha: it can only be held")
-        super().__init__(a, b, alpha, negative_weight="sum", margin_negative_weight="sum", learn=learn, score="unit",
-                         gather=gather)
+        super().__init__(a, b, alpha, negative_weight="sum", margin_negative_weight="sum", learn=learn,
+                         score="unit", gather=False)
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        _check_views(z0, z1, 2, _world_size(self.gather))
+        _check_views(z0, z1, 2)
         with torch.autocast(z0.device.type, enabled=False):
-            z0, z1 = unit_rows(z0), unit_rows(z1)
-            moments = symmetric_moments(z0, z1, self.gather)
-            self._check_equal_over_ranks()
-            self._remember(moments, *SCORES["unit"])
-            p = ((z0 * z1).sum(1) / 2).clamp(0, 1)                                     # [n]
-            positive, = _sum_over_ranks(((p - self.a)**2 - 2 * self.alpha * p).sum(), gather=self.gather)
-            images = (moments.negatives + 2) / 2                                       # over all ranks
-            # sums over an anchor's other 2n - 1 views: its negatives and its positive
-            cos_sum = moments.negatives * moments.negative_mean + moments.positive_mean
-            square_sum = moments.negatives * moments.negative_square + moments.positive_square
-            c = 0.5 - self.b                                                           # h - b = cos / 2 + c
-            others = moments.negatives + 1
-            spread = square_sum / 4 + c * cos_sum + others * c**2
-            return positive / images + spread + self.alpha * (others + cos_sum) - 2 * images
+            z0, z1 = _at_least_float32(z0), _at_least_float32(z1)
+            loss, *means = released_cifar(z0, z1, *self._weights(z0))
+            self.means = torch.stack(means).detach()
+            return loss
 
     def teacher_student(self, teacher: Tensor, student: Tensor) -> Tensor:
         raise ValueError("released-cifar has no teacher/student form; use 'paper' or 'released-imagenet'")
 
 
 class ReleasedImageNetLoss(AUCCLLoss):
-    """What the authors' released ImageNet code optimises, with a = 10, b = 0, alpha = 1 held and no normalisation:
+    """`released_imagenet` as a module: teacher/student form only, this rank's images, a, b and alpha held.
 
-        mean_i ((h_ii - a)^2 - 2 alpha h_ii) + (32 / n) mean_i sum_{j != i} ((h_ij - b)^2 + 2 alpha h_ij) + 1
-
-    per couple of a teacher view and another student view, then the mean over couples, on this rank's images alone. The
-    score is h = (q . k + 1) / 2 with q = softmax((teacher - center) / teacher_temp), k = student / student_temp. Teacher
-    /student form only. The center, an average of the teacher's output over batches and ranks that decays by 0.9 a call in
-    training mode, is a buffer. `teacher_temp` is an attribute that a training loop may schedule.
+    The buffer `center` is an EMA of the teacher's mean output over ranks, updated in training mode. A
+    training loop may schedule the attribute `teacher_temp`.
     """
 
     def __init__(self, a: float = 10.0, b: float = 0.0, alpha: float = 1.0, learn: tuple[str, ...] = (),
@@ -407,39 +456,35 @@ class ReleasedImageNetLoss(AUCCLLoss):
         if "alpha" in learn:
             raise ValueError("released-imagenet is linear in alpha: it can only be held")
         super().__init__(a, b, alpha, negative_weight=32.0, learn=learn, score="unit", gather=False)
-        self.teacher_temp, self.student_temp, self.center_momentum = teacher_temp, student_temp, center_momentum
+        self.teacher_temp, self.student_temp = teacher_temp, student_temp
+        self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(1))  # [D] from the first call on
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         raise ValueError("released-imagenet has no symmetric form; use 'paper' or 'released-cifar'")
 
     def teacher_student(self, teacher: Tensor, student: Tensor) -> Tensor:
-        self._check_teacher_student(teacher, student)
+        _check_views(teacher, student, 3, _world_size(self.gather))
         with torch.autocast(student.device.type, enabled=False):
             teacher, student = _at_least_float32(teacher.detach()), _at_least_float32(student)
-            q = ((teacher - self.center) / self.teacher_temp).softmax(-1)
-            moments = teacher_student_moments(q, student / self.student_temp, gather=False)
-            self._check_equal_over_ranks()
-            self._remember(moments, *SCORES["unit"])
+            q = ((teacher - self.center.to(teacher)) / self.teacher_temp).softmax(-1)
+            loss, *means = released_imagenet(q, student / self.student_temp, *self._weights(student))
+            self.means = torch.stack(means).detach()
             if self.training:
-                self._update_center(teacher)
-            h_positive, h_negative = (moments.positive_mean + 1) / 2, (moments.negative_mean + 1) / 2
-            h_positive_square = (moments.positive_square + 2 * moments.positive_mean + 1) / 4
-            h_negative_square = (moments.negative_square + 2 * moments.negative_mean + 1) / 4
-            positive = h_positive_square - 2 * (self.a + self.alpha) * h_positive + self.a**2
-            negative = h_negative_square - 2 * (self.b - self.alpha) * h_negative + self.b**2
-            n = teacher.shape[1]
-            return positive + 32 * (n - 1) / n * negative + 1
-
-    @torch.no_grad()
-    def _update_center(self, teacher: Tensor) -> None:
-        mean = _mean_over_ranks(teacher.mean((0, 1)))
-        self.center = (self.center * self.center_momentum + mean * (1 - self.center_momentum)).to(self.center.dtype)
+                mean = _mean_over_ranks(teacher.mean((0, 1))).to(self.center)
+                self.center = self.center * self.center_momentum + mean * (1 - self.center_momentum)
+            return loss
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if (saved := state_dict.get(prefix + "center")) is not None:
-            self.center = self.center.new_zeros(saved.shape)  # its width is known only from the first batch or a checkpoint
+            self.center = self.center.new_zeros(saved.shape)  # [1] in a new module
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-PRESETS = {"paper": AUCCLLoss, "released-cifar": ReleasedCIFARLoss, "released-imagenet": ReleasedImageNetLoss}
+PRESETS = {
+    "paper": AUCCLLoss,
+    "poster": functools.partial(AUCCLLoss, negative_weight="sum", margin_negative_weight="sum",
+                                learn=("b", "alpha")),
+    "released-cifar": ReleasedCIFARLoss,
+    "released-imagenet": ReleasedImageNetLoss,
+}

@@ -1,4 +1,4 @@
-"""What the scripts share: user errors, flags, device and autocast, seeds, schedules, checkpoints, log, interruption.
+"""What the scripts share: user errors, flags, devices, seeds, schedules, checkpoints, log, interruption.
 
 torch is imported inside the functions that need it, so that --help and a mistaken flag are answered at once.
 """
@@ -20,18 +20,18 @@ import numpy as np
 LOST_RANK = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out")
 
 
-# ------------------------------------------------------------------------------------------------------ user errors
+# ------------------------------------------------------------------------------------------------ user errors
 
 class UserError(Exception):
     """Invalid user input, reported without a traceback. One line: what is wrong, then what to do."""
 
     def __init__(self, message: str):
-        super().__init__(message.rsplit("UserError: ", 1)[-1].strip())  # a DataLoader prepends its worker's traceback
+        super().__init__(message.rsplit("UserError: ", 1)[-1].strip())  # a DataLoader prepends a traceback
 
 
 def run_script(main) -> None:
-    """Calls main(). Invalid input and file errors become one line on stderr and exit code 2, the loss of another
-    rank one line and exit code 1; any other exception is a defect and keeps its traceback."""
+    """Calls main(). Invalid input and file errors become one line on stderr and exit code 2, the loss of
+    another rank one line and exit code 1; any other exception is a defect and keeps its traceback."""
     try:
         main()
     except KeyboardInterrupt:
@@ -69,7 +69,8 @@ def _exit(message: str, code: int):
     if rank != "0" and code == 2:
         time.sleep(5)  # an error that all ranks make is reported once: the launcher ends this rank meanwhile
     message = " ".join(message.split())
-    print(f"error: {f'rank {rank}: ' if _many_ranks() and code == 1 else ''}{message}", file=sys.stderr, flush=True)
+    who = f"rank {rank}: " if code == 1 else ""
+    print(f"error: {who}{message}", file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun prints its message last
         extra = {"timestamp": str(int(time.time()))}
         Path(file).write_text(json.dumps({"message": {"message": f"error: {message}", "extraInfo": extra}}))
@@ -78,7 +79,7 @@ def _exit(message: str, code: int):
     sys.exit(code)
 
 
-# ------------------------------------------------------------------------------------------------------------ flags
+# ------------------------------------------------------------------------------------------------------ flags
 
 class ArgumentParser(argparse.ArgumentParser):
     """Shows defaults in --help, and reports a mistaken flag as a UserError."""
@@ -133,7 +134,7 @@ def path(text: str) -> Path:
 
 
 def refuse(args: argparse.Namespace, names, why: str) -> None:
-    """UserError if one of the flags, whose defaults are None or False, was given although it has no effect."""
+    """UserError if one of the flags, whose defaults are None or False, was given without effect."""
     if given := [f"--{name}" for name in names if getattr(args, name) not in (None, False)]:
         raise UserError(f"{', '.join(given)} cannot be used {why}; leave it out")
 
@@ -145,9 +146,9 @@ def plain(args: argparse.Namespace) -> dict:
 
 def add_process_flags(parser) -> None:
     add = parser.add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps; several processes take one GPU each")
-    add("--dist_url", default="env://", help="rendezvous of the processes: env://, tcp://HOST:PORT or file://PATH")
-    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # of old launchers; LOCAL_RANK counts
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps; a GPU per process")
+    add("--dist_url", default="env://", help="rendezvous: env://, tcp://HOST:PORT or file://PATH")
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # LOCAL_RANK counts
 
 
 def default_workers() -> int:
@@ -218,37 +219,38 @@ def check_range(args: argparse.Namespace, name: str, high: float = math.inf) -> 
     """UserError unless the two numbers of the flag are 0 < MIN <= MAX <= high."""
     first, last = getattr(args, name)
     if not 0 < first <= last <= high:
-        raise UserError(f"--{name} needs 0 < MIN <= MAX{'' if high == math.inf else f' <= {high:g}'}, got {first} {last}")
+        limit = "" if high == math.inf else f" <= {high:g}"
+        raise UserError(f"--{name} needs 0 < MIN <= MAX{limit}, got {first} {last}")
 
 
 def add_evaluation_flags(parser) -> None:
     """The flags that evaluations of a pretrained backbone share."""
     add = parser.add_argument
-    add("--pretrained_weights", type=path, help="checkpoint of main.py, cifar/main.py or DINO, or weights of timm or "
-        "torchvision (.pth, .safetensors) (default: checkpoint.pth of the current folder, if there)")
+    add("--pretrained_weights", type=path, help="checkpoint of main.py, cifar/main.py or DINO, or weights of "
+        "timm or torchvision (.pth, .safetensors) (default: checkpoint.pth of the current folder, if there)")
     add("--checkpoint_key", help="network of a checkpoint with several (default: teacher, or the only one)")
     add("--random_weights", action="store_true", help="untrained network, the baseline")
     add("--arch", help="vit_tiny, vit_small, vit_base, a ResNet of torchvision, timm/NAME or cifar/NAME "
         "(default: the checkpoint's)")
-    add("--patch_size", type=positive_int, help="pixels a side of a ViT's patches (default: the checkpoint's, else 16)")
+    add("--patch_size", type=positive_int, help="pixels a side of a patch (default: the checkpoint's, or 16)")
     add("--image_size", type=positive_int, help="pixels a side (default: the checkpoint's, timm's, or 224)")
-    add("--dataset", default="folder", help="folder, cifar10, cifar100, stl10, flowers102, caltech101, food101, pets, "
-        "aircraft, dtd, eurosat, svhn, or hfds/NAME of the Hugging Face hub")
+    add("--dataset", default="folder", help="folder, cifar10, cifar100, stl10, flowers102, caltech101, food101, "
+        "pets, aircraft, dtd, eurosat, svhn, or hfds/NAME of the Hugging Face hub")
     add("--data_path", type=path, help="folder with train/ and val/ (or test/), or the root of --dataset "
         "(default for a --dataset: cifar/datasets beside this script)")
     add("--download", action="store_true", help="fetch --dataset if it is not in --data_path")
     add("--batch_size_per_gpu", type=positive_int, default=128, help="images per batch of each process")
-    add("--num_workers", type=non_negative_int, default=default_workers(), help="loader workers of each process")
+    add("--num_workers", type=non_negative_int, default=default_workers(), help="loader workers per process")
     add("--amp", choices=("none", "auto", "bf16", "fp16"), default="none",
         help="autocast of the backbone; full precision by default, so that figures compare across machines")
     add("--seed", type=non_negative_int, default=0, help="seed of random weights and of the choice of images")
     add_process_flags(parser)
 
 
-# ----------------------------------------------------------------------------------------------- device and autocast
+# ---------------------------------------------------------------------------------------- device and autocast
 
 def select_device(name: str):
-    """The torch.device of a --device flag; "auto" takes CUDA, then MPS, then the CPU. UserError if it is missing."""
+    """The torch.device of a --device flag; "auto": CUDA, then MPS, then the CPU. UserError if it is missing."""
     import torch
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -260,11 +262,12 @@ def select_device(name: str):
             return device
     except RuntimeError:  # not a device's name
         pass
-    raise UserError(f"device {name!r} is not available here; use --device {'|'.join(k for k, v in available.items() if v)}")
+    choices = "|".join(kind for kind, there in available.items() if there)
+    raise UserError(f"device {name!r} is not available here; use --device {choices}")
 
 
 def select_amp(name: str, device):
-    """The autocast dtype of an --amp flag, None for full precision. "auto": bf16 where the hardware has it natively."""
+    """The autocast dtype of an --amp flag, None for full precision. "auto": bf16 where it is native."""
     import torch
     if name in ("none", "fp16"):
         return torch.float16 if name == "fp16" else None
@@ -290,18 +293,18 @@ def peak_memory(device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# ----------------------------------------------------------------------------------------- seeds, order, schedules
+# ------------------------------------------------------------------------------------ seeds, order, schedules
 
 def stream_seed(*keys: int) -> int:
-    """A 63-bit seed for the random stream named by `keys` (seed, rank, epoch, step, ...). Streams of different keys
-    are independent, and none needs to be saved: a resumed run names it again."""
-    words = np.random.SeedSequence((len(keys), *keys)).generate_state(1, np.uint64)  # (1,) and (1, 0) would be equal
+    """A 63-bit seed for the random stream named by `keys` (seed, rank, epoch, step, ...). Streams of different
+    keys are independent, and none needs to be saved: a resumed run names it again."""
+    words = np.random.SeedSequence((len(keys), *keys)).generate_state(1, np.uint64)  # or (1,) would equal (1, 0)
     return int(words[0] >> np.uint64(1))
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, start: int = 0):
-    """Yields index batches [batch_size] of one epoch's random order of `count` images, from batch `start` on; a
-    last, smaller batch is left out. The order depends on seed and epoch alone."""
+    """Yields index batches [batch_size] of one epoch's random order of `count` images, from batch `start` on;
+    a last, smaller batch is left out. The order depends on seed and epoch alone."""
     import torch
     order = torch.randperm(count, generator=torch.Generator().manual_seed(stream_seed(seed, epoch)))
     for batch in range(start, count // batch_size):
@@ -309,19 +312,19 @@ def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, start: int
 
 
 def cosine_schedule(step: int, steps: int, base: float, final: float = 0.0, warmup_steps: int = 0) -> float:
-    """The value at `step` (0-based) of `steps`: a linear warm-up that reaches `base` after `warmup_steps` steps, then
-    half a cosine down to `final` at the last step. The warm-up may be longer than the run."""
+    """The value at `step` (0-based) of `steps`: a linear warm-up that reaches `base` after `warmup_steps` steps,
+    then half a cosine down to `final` at the last step. The warm-up may be longer than the run."""
     if step < warmup_steps:
         return base * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-# ------------------------------------------------------------------------------------------ checkpoints and resume
+# ------------------------------------------------------------------------------------- checkpoints and resume
 
 def replace_file(path: Path, write, mode: str = "w") -> None:
-    """Lets `write(file)` fill a temporary file and renames it, so that `path` holds the old or the new content,
-    whole, at every moment. UserError if that fails; the old content is then still there."""
+    """Lets `write(file)` fill a temporary file and renames it, so that `path` holds the old or the new content
+    at every moment, whole. UserError if that fails; the old content is then still there."""
     temporary = path.with_name(path.name + ".partial")
     try:
         with open(temporary, mode, newline=None if "b" in mode else "") as file:
@@ -334,7 +337,8 @@ def replace_file(path: Path, write, mode: str = "w") -> None:
         while isinstance(error.__context__, Exception) and not isinstance(error, OSError):
             error = error.__context__
         kept = ". Its former content is intact" if path.exists() else ""
-        raise UserError(f"cannot write {path}: {reason(error)}{kept}. Free space, then run the same command again") from error
+        raise UserError(f"cannot write {path}: {reason(error)}{kept}. Free space, then run the same command "
+                        "again") from error
 
 
 def save_checkpoint(state: dict, path: Path) -> None:
@@ -344,8 +348,8 @@ def save_checkpoint(state: dict, path: Path) -> None:
 
 
 def load_checkpoint(path: Path, advice: str = "move it away or restore a copy") -> dict:
-    """A checkpoint's dict, on the CPU. Never runs code from the file (`weights_only`). UserError if it cannot be
-    read; `advice` is for a file that holds what only code could build."""
+    """A checkpoint's dict, on the CPU. Never runs code from the file (`weights_only`). UserError if it cannot
+    be read; `advice` is for a file that holds what only code could build."""
     import torch
     try:
         if path.stat().st_size == 0:
@@ -357,29 +361,31 @@ def load_checkpoint(path: Path, advice: str = "move it away or restore a copy") 
         raise
     except Exception as error:  # torch.load raises half a dozen types for damaged files
         if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
-            raise UserError(f"checkpoint {path} holds more than tensors and plain data, which is not loaded; {advice}") from error
-        raise UserError(f"checkpoint {path} is damaged or no checkpoint; move it away or restore a copy") from error
+            raise UserError(f"checkpoint {path} holds more than tensors and plain data, which is not loaded; "
+                            f"{advice}") from error
+        raise UserError(f"{path} is damaged or no checkpoint; move it away or restore a copy") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} is no checkpoint: it holds a {type(state).__name__}, not a dict")
     return state
 
 
 def check_same_run(saved: dict, args: dict, path: Path, free: tuple[str, ...] = ()) -> None:
-    """UserError if the flags saved in a checkpoint contradict those of this run; the names in `free` may differ."""
-    show = lambda value: " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value  # noqa: E731
+    """UserError if the flags saved in a checkpoint contradict those of this run, those in `free` aside."""
+    def show(value):
+        return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
     if differing := [f"--{name} {show(saved.get(name))} there, {show(value)} here"
                      for name, value in args.items() if name not in free and saved.get(name) != value]:
-        raise UserError(f"{path} belongs to another run: {'; '.join(differing)}. Resume with the same flags, or choose "
-                        "another --output_dir")
+        raise UserError(f"{path} belongs to another run: {'; '.join(differing)}. Resume with the same flags, or "
+                        "choose another --output_dir")
 
 
-def read_resume(args: argparse.Namespace, path: Path, free: tuple[str, ...], flags: dict | None = None) -> dict | None:
-    """The checkpoint of an unfinished run with the same flags, those in `free` aside; None if there is neither a
+def read_resume(args: argparse.Namespace, path: Path, free: tuple[str, ...], flags: dict | None = None):
+    """The checkpoint (a dict) of a run with the same flags, those in `free` aside; None if there is neither a
     checkpoint nor a log. UserError if it belongs to another run, or if only its log.txt is left."""
     if not path.exists():
         if (log := path.with_name("log.txt")).exists() and log.stat().st_size:
-            raise UserError(f"{log} belongs to another run, or to one whose {path.name} is gone; move it away or choose "
-                            "another --output_dir")
+            raise UserError(f"{log} belongs to another run, or to one whose {path.name} is gone; move it away or "
+                            "choose another --output_dir")
         return None
     state = load_checkpoint(path)
     if not isinstance(state.get("args"), dict):
@@ -389,24 +395,24 @@ def read_resume(args: argparse.Namespace, path: Path, free: tuple[str, ...], fla
 
 
 def load_parts(state: dict, parts: dict, path: Path) -> None:
-    """Loads `state[name]` into each of `parts`, name -> module, optimiser or the like. UserError if one does not fit."""
+    """Loads `state[name]` into each of `parts` (name -> module or optimiser). UserError if one does not fit."""
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} does not fit this run's {name}: {reason(error)}; move it away") from error
+            raise UserError(f"{path} does not fit this {name}: {reason(error)}; move it away") from error
 
 
 def check_same_data(state: dict, checksum: list, path: Path) -> None:
     """UserError if the checkpoint was trained on other images; checksum: [number of images, ...]."""
     if state.get("data") != checksum:
-        raise UserError(f"{path} was trained on other images: {state['data'][0]} there, {checksum[0]} here, or others. "
-                        "Give the same data, or choose another --output_dir")
+        raise UserError(f"{path} was trained on other images: {state['data'][0]} there, {checksum[0]} here, or "
+                        "others. Give the same data, or choose another --output_dir")
 
 
 def diverged(what: str, epoch: int, step: int) -> str:
-    return (f"training diverged: {what} is not finite at step {step + 1} of epoch {epoch + 1}; start anew with a lower --lr "
-            "or --weights_lr. The last checkpoint was not overwritten")
+    return (f"training diverged: {what} is not finite at step {step + 1} of epoch {epoch + 1}; start anew with a "
+            "lower --lr or --weights_lr. The last checkpoint was not overwritten")
 
 
 def millions(network) -> str:
@@ -415,8 +421,8 @@ def millions(network) -> str:
 
 
 def lock_folder(folder: Path):
-    """Makes the folder and locks it for this process until the returned file is closed. UserError if another process
-    holds the lock, or it cannot be written to. The lock of a process that has ended is void."""
+    """Makes the folder and locks it for this process until the returned file is closed. UserError if another
+    process holds the lock. The lock of a process that has ended is void."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "run.lock", "a+")
     try:
@@ -426,8 +432,8 @@ def lock_folder(folder: Path):
         return file
     except BlockingIOError:
         file.seek(0)
-        raise UserError(f"another run writes to {folder} ({file.read().strip()}); wait for it, or choose another "
-                        "--output_dir") from None
+        raise UserError(f"another run writes to {folder} ({file.read().strip()}); wait for it, or choose "
+                        "another --output_dir") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -435,19 +441,20 @@ def lock_folder(folder: Path):
 
 
 def leave_group(worker: int) -> None:
-    """A loader's `worker_init_fn`: keeps the workers running when a signal reaches the whole process group, as from a
-    terminal or launcher, until their trainer has saved."""
+    """A loader's `worker_init_fn`: keeps the workers running when a signal reaches the whole process group, as
+    from a terminal or launcher, until their trainer has saved."""
     if hasattr(os, "setsid"):
         os.setsid()
 
 
 class Interruption:
-    """Turns SIGTERM and Ctrl-C into a request that the loop answers between two steps: save, then exit. A second
-    signal ends the process at once. `close` restores the former handlers."""
+    """Turns SIGTERM and Ctrl-C into a request that the loop answers between two steps: save, then exit. A
+    second signal ends the process at once. `close` restores the former handlers."""
 
     def __init__(self):
         self.signal = None
-        self._former = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._former = {number: signal.signal(number, self._request)
+                        for number in (signal.SIGTERM, signal.SIGINT)}
 
     def close(self) -> None:
         for number, handler in self._former.items():
@@ -462,18 +469,19 @@ class Interruption:
         sys.exit(128 + (self.signal or signal.SIGTERM))  # None: the signal went to another rank
 
 
-# -------------------------------------------------------------------------------------------------------------- log
+# -------------------------------------------------------------------------------------------------------- log
 
-SHORT = {"train_loss": "loss", "train_lr": "lr", "train_wd": "wd", "test_acc@1": "acc@1", "test_acc@5": "acc@5",
-         "test_auc": "auc", "positive": "pos", "negative": "neg", "images_per_s": "img/s", "data_wait": "wait",
-         "memory_gb": "GB", "hours_left": "hours", "seconds": "sec", "knn_acc@1": "knn@1", "knn_acc@5": "knn@5",
-         "test_loss": "t_loss", "test_acc1": "acc@1", "test_acc5": "acc@5", "test_class_acc1": "class@1"}
+SHORT = {"train_loss": "loss", "train_lr": "lr", "train_wd": "wd", "test_acc@1": "acc@1",
+         "test_acc@5": "acc@5", "test_auc": "auc", "positive": "pos", "negative": "neg", "images_per_s": "img/s",
+         "data_wait": "wait", "memory_gb": "GB", "hours_left": "hours", "seconds": "sec", "knn_acc@1": "knn@1",
+         "knn_acc@5": "knn@5", "test_loss": "t_loss", "test_acc1": "acc@1", "test_acc5": "acc@5",
+         "test_class_acc1": "class@1"}  # column heads on the screen
 NARROW = ("epoch", "step", "positive", "negative", "a", "b", "alpha")
 
 
 class RunLog:
-    """Writes records (flat dicts with an "epoch" from 0, and a "step" if they are of a part of it) to the screen,
-    log.txt (JSON lines, only ever appended to), TensorBoard and, if it is named, a CSV table of the epochs.
+    """Writes records (flat dicts with an "epoch" from 0, and a "step" if they are of a part of it) to the
+    screen, log.txt (JSON lines, only ever appended to), TensorBoard and, if named, a CSV table of the epochs.
 
     position: (epoch, step) that runs next; `records` holds what log.txt tells of the run before it.
     steps: steps per epoch, for TensorBoard's axis.
@@ -482,7 +490,8 @@ class RunLog:
     def __init__(self, folder: Path, position: tuple[int, int], steps: int = 1, table: str | None = None):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
         self.path, self.steps, self.columns = folder / "log.txt", steps, []
-        self.records = [r for r in read_records(self.path) if (r["epoch"], r.get("step", math.inf)) <= position]
+        self.records = [record for record in read_records(self.path)
+                        if (record["epoch"], record.get("step", math.inf)) <= position]
         self.table = folder / table if table else None
         self.rows = read_table(self.table) if table and self.table.exists() else {}
         self.board = SummaryWriter(folder / "tensorboard", purge_step=position[0] * steps + position[1] + 1)
@@ -494,15 +503,16 @@ class RunLog:
             with open(self.path, "a+b") as file:
                 torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"  # by a kill
                 file.write(b"\n" * bool(torn) + json.dumps(record).encode() + b"\n")
+            part, at = "epochs", record["epoch"] + 1
+            if "step" in record:
+                part, at = "steps", record["epoch"] * self.steps + record["step"]
             for name, value in record.items():
                 if name not in ("epoch", "step") and value is not None:
-                    part, at = (("steps", record["epoch"] * self.steps + record["step"]) if "step" in record else
-                                ("epochs", record["epoch"] + 1))
                     self.board.add_scalar(f"{part}/{name}", value, at)
             self.board.flush()
         except OSError as error:
-            raise UserError(f"cannot write to {self.path.parent}: {reason(error)}. Free space, then run the same command "
-                            "again") from error
+            raise UserError(f"cannot write to {self.path.parent}: {reason(error)}. Free space, then run the same "
+                            "command again") from error
         if self.table and "step" not in record:
             self.rows[str(record["epoch"])] = record
             names = list(dict.fromkeys(name for row in self.rows.values() for name in row))
@@ -515,7 +525,8 @@ class RunLog:
             self.columns += new
             print(" ".join(f"{SHORT.get(name, name):>{_width(name)}}" for name in self.columns))
         shown = record | {"epoch": record["epoch"] + 1}  # people count from 1
-        print(" ".join(f"{format_value(shown.get(name)):>{_width(name)}}" for name in self.columns), flush=True)
+        cells = (f"{format_value(shown.get(name)):>{_width(name)}}" for name in self.columns)
+        print(" ".join(cells), flush=True)
 
 
 def _width(name: str) -> int:
@@ -535,8 +546,8 @@ def format_record(record: dict) -> str:
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records of a log.txt, the last of each (epoch, step), in order; none if there is no such file. Lines that
-    are no record (a kill may leave half a line) are reported and left alone."""
+    """The records of a log.txt, the last of each (epoch, step), in order; none if there is no such file. Lines
+    that are no record (a kill may leave half a line) are reported and left alone."""
     if not path.exists():
         return []
     records, bad = {}, []
@@ -547,8 +558,8 @@ def read_records(path: Path) -> list[dict]:
         except (ValueError, KeyError, TypeError, AttributeError):
             bad.append(line_number)
     if bad:
-        print(f"note: {path} has {len(bad)} lines that are no record, the first is line {bad[0]}; they are kept",
-              file=sys.stderr, flush=True)
+        print(f"note: {path} has {len(bad)} lines that are no record, the first is line {bad[0]}; they are "
+              "kept", file=sys.stderr, flush=True)
     return [records[key] for key in sorted(records)]
 
 

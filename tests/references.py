@@ -19,7 +19,7 @@ def symmetric_pairs(z0, z1):
 
 
 def teacher_student_pairs(teacher, student, product=cosine):
-    """The same for every couple of a teacher view [U, n, D] and a student view [V, n, D] of another number."""
+    """The same for every couple of a teacher view [U, n, D] and another student view [V, n, D]."""
     positive, negative = [], []
     for (u, t), (v, s) in itertools.product(enumerate(teacher), enumerate(student)):
         if u != v:
@@ -55,7 +55,7 @@ def released_imagenet(teacher, student, center, a=10.0, b=0.0, alpha=1.0, teache
     values = []
     for u, v in itertools.product(range(len(q)), range(len(k))):
         if u != v:
-            h = (q[u] @ k[v].T + 1) / 2                                                                      # [n, n]
+            h = (q[u] @ k[v].T + 1) / 2  # [n, n]
             positive = torch.stack([(h[i, i] - a)**2 - 2 * alpha * h[i, i] for i in range(n)]).mean()
             negative = torch.stack([sum((h[i, j] - b)**2 + 2 * alpha * h[i, j] for j in range(n) if j != i)
                                     for i in range(n)]).mean()

@@ -1,11 +1,17 @@
-"""The objective against brute force over explicit pairs in float64, its saddle point, its unbiasedness, its edges."""
+"""The objective against brute force over all pairs in float64, its saddle point, unbiasedness and edges."""
+import contextlib
+import copy
 import itertools
 import math
+import warnings
 
 import pytest
 import references as ref
+import timm.optim
 import torch
-from auccl_loss import (AUCCLLoss, auc_objective, pair_auc, symmetric_moments, teacher_student_moments, unit_rows)
+from auccl_loss import (AUCCLLoss, auc_objective, pair_auc, symmetric_moments, teacher_student_moments,
+                        unit_rows)
+from released_losses import released_cifar, released_imagenet
 
 FORMS = ("symmetric", "teacher_student")
 PRESET_FORMS = [("paper", "symmetric"), ("paper", "teacher_student"), ("released-cifar", "symmetric"),
@@ -17,11 +23,12 @@ def normal(*shape, seed=0):
 
 
 def embeddings(form, n, dim, seed=0):
-    """Two branches whose positives agree more than chance: [n, D] twice, or teacher [2, n, D] and student [5, n, D]."""
+    """Branches whose positives agree more than chance: [n, D] twice, or [2, n, D] and [5, n, D]."""
     image = normal(n, dim, seed=seed)
     if form == "symmetric":
         return [(image + normal(n, dim, seed=seed + k)).requires_grad_() for k in (1, 2)]
-    return [image + normal(2, n, dim, seed=seed + 1), (image + normal(5, n, dim, seed=seed + 2)).requires_grad_()]
+    teacher, student = image + normal(2, n, dim, seed=seed + 1), image + normal(5, n, dim, seed=seed + 2)
+    return [teacher, student.requires_grad_()]
 
 
 def pairs(form, x, y):
@@ -32,6 +39,11 @@ def call(criterion, form, x, y):
     return criterion(x, y) if form == "symmetric" else criterion.teacher_student(x, y)
 
 
+def moments_of(form, x, y, gram=None):
+    function = symmetric_moments if form == "symmetric" else teacher_student_moments
+    return function(unit_rows(x), unit_rows(y), gram=gram)
+
+
 def gradients(loss, tensors):
     return torch.autograd.grad(loss, [t for t in tensors if t.requires_grad], retain_graph=True)
 
@@ -40,15 +52,14 @@ def assert_close(ours, reference, tolerance=1e-10):
     torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance)
 
 
-# ------------------------------------------------------------------------------------------------ equality with brute force
+# --------------------------------------------------------------------------------- equality with brute force
 
 @pytest.mark.parametrize("n, dim", [(2, 7), (5, 12), (9, 6)])  # 2n below, n below, and n above D
 @pytest.mark.parametrize("gram", [True, False, None])
 @pytest.mark.parametrize("form", FORMS)
 def test_moments_equal_brute_force(form, gram, n, dim):
     x, y = embeddings(form, n, dim)
-    function = symmetric_moments if form == "symmetric" else teacher_student_moments
-    moments = function(unit_rows(x), unit_rows(y), gram=gram)
+    moments = moments_of(form, x, y, gram)
     positive, negative = pairs(form, x, y)
     expected = (positive.mean(), positive.square().mean(), negative.mean(), negative.square().mean())
     for index, (ours, reference) in enumerate(zip(moments, expected)):
@@ -67,72 +78,82 @@ def test_a_student_of_global_views_alone():
         assert_close(moments.negative_square, negative.square().mean())
 
 
-@pytest.mark.parametrize("nu, kappa", [(1.0, 1.0), (16.0, 1.0), (4.0, 4.0), ("sum", "sum")])
+@pytest.mark.parametrize("nu, kappa", [(1.0, 1.0), (16.0, 1.0), ("sum", "sum")])
 @pytest.mark.parametrize("score", ["cosine", "unit"])
-@pytest.mark.parametrize("n, dim", [(4, 12), (7, 5)])
 @pytest.mark.parametrize("form", FORMS)
-def test_loss_equals_brute_force(form, n, dim, score, nu, kappa):
-    criterion = AUCCLLoss(a=0.7, b=0.1, alpha=0.4, margin=0.9, negative_weight=nu, margin_negative_weight=kappa,
-                          score=score).double()
-    x, y = embeddings(form, n, dim)
+def test_loss_equals_brute_force_with_alpha_reversed_and_b_scaled(form, score, nu, kappa):
+    criterion = AUCCLLoss(a=0.7, b=0.1, alpha=0.4, margin=0.9, negative_weight=nu,
+                          margin_negative_weight=kappa, score=score).double()
+    n = 5
+    x, y = embeddings(form, n, 6)
     positive, negative = pairs(form, x, y)
     number = 2 * n - 2 if form == "symmetric" else n - 1
-    reference = ref.auc_loss(positive, negative, criterion.a, criterion.b, criterion.alpha, 0.9,
-                             number if nu == "sum" else nu, number if kappa == "sum" else kappa, score)
+    nu, kappa = (number if weight == "sum" else weight for weight in (nu, kappa))
+    reference = ref.auc_loss(positive, negative, *criterion.parameters(), 0.9, nu, kappa, score)
     loss = call(criterion, form, x, y)
     assert_close(loss, reference)
-    variables = (x, y, criterion.a, criterion.b, criterion.alpha)
-    for mine, theirs in zip(gradients(loss, variables), gradients(reference, variables), strict=True):
+    *embedding_grads, a, b, alpha = gradients(reference, (x, y, *criterion.parameters()))
+    for mine, theirs in zip(gradients(loss, (x, y, *criterion.parameters())),
+                            (*embedding_grads, a, b / nu, -alpha), strict=True):
         assert_close(mine, theirs)
     assert criterion.stats["positive"] == pytest.approx(ref.SCORES[score](positive).mean().item(), abs=1e-12)
-    assert criterion.stats["negative"] == pytest.approx(ref.SCORES[score](negative).mean().item(), abs=1e-12)
+    assert criterion.means[1].item() == pytest.approx(ref.SCORES[score](negative).mean().item(), abs=1e-12)
 
 
-@pytest.mark.parametrize("n, dim", [(4, 12), (7, 5)])
-def test_released_cifar_equals_its_formula(n, dim):
-    criterion = AUCCLLoss.preset("released-cifar", b=0.3).double()
-    assert (criterion.a.item(), criterion.alpha.item()) == (10, 1)
-    z0, z1 = embeddings("symmetric", n, dim)
-    loss, reference = criterion(z0, z1), ref.released_cifar(z0, z1, 10.0, criterion.b, 1.0)
-    assert_close(loss, reference)
-    for mine, theirs in zip(gradients(loss, (z0, z1, criterion.b)), gradients(reference, (z0, z1, criterion.b)), strict=True):
+def test_released_cifar_equals_its_formula():
+    weights = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (10.0, 0.3, 1.0)]
+    z0, z1 = embeddings("symmetric", 5, 4)
+    z1.data[0] = -z0.data[0]  # a cosine that is clamped
+    loss, *means = released_cifar(z0, z1, *weights)
+    reference = ref.released_cifar(z0, z1, *weights)
+    for mine, theirs in zip((loss, *gradients(loss, (z0, z1, *weights))),
+                            (reference, *gradients(reference, (z0, z1, *weights))), strict=True):
         assert_close(mine, theirs)
+    criterion = AUCCLLoss.preset("released-cifar", b=0.3).double()
+    assert_close(criterion(z0, z1), ref.released_cifar(z0, z1, 10.0, criterion.b, 1.0))
+    assert criterion.param_groups(lr=0.1)[0]["params"] == [criterion.b]
+    for mean, cosines in zip(criterion.means, ref.symmetric_pairs(z0, z1)):
+        assert_close(mean, (1 + cosines.detach().mean()) / 2)
 
 
-def test_released_cifar_clamps_negative_positives():
-    z0 = normal(3, 4).requires_grad_()
-    z1 = -z0.detach()
-    criterion = AUCCLLoss.preset("released-cifar").double()
-    assert_close(criterion(z0, z1), ref.released_cifar(z0, z1, 10.0, 0.0, 1.0))
-
-
-@pytest.mark.parametrize("n, dim", [(4, 12), (12, 4)])
-def test_released_imagenet_equals_its_formula(n, dim):
+def test_released_imagenet_equals_its_formula():
     criterion = AUCCLLoss.preset("released-imagenet").double()
-    center = torch.zeros(dim, dtype=torch.float64)
+    center = torch.zeros(4, dtype=torch.float64)
     for seed in range(3):  # the center moves between calls
-        teacher, student = embeddings("teacher_student", n, dim, seed=10 * seed)
-        loss, reference = criterion.teacher_student(teacher, student), ref.released_imagenet(teacher, student, center)
+        teacher, student = embeddings("teacher_student", 5, 4, seed=10 * seed)
+        loss = criterion.teacher_student(teacher, student)
+        reference = ref.released_imagenet(teacher, student, center)
         assert_close(loss, reference)
         assert_close(gradients(loss, (student,))[0], gradients(reference, (student,))[0])
+        q, k = ((teacher - center) / 0.04).softmax(-1), student.detach() / 0.1
+        products = ref.teacher_student_pairs(q, k, torch.dot)
+        assert_close(criterion.means, torch.stack([(1 + x.mean()) / 2 for x in products]))
+        loss, _, _ = released_imagenet(q, k, 2.0, 0.5, 0.7)
+        assert_close(loss, ref.released_imagenet(teacher, student.detach(), center, 2.0, 0.5, 0.7))
         center = 0.9 * center + 0.1 * teacher.mean((0, 1))
         assert_close(criterion.center, center)
     criterion.eval().teacher_student(teacher, student)
     assert_close(criterion.center, center)  # only training moves it
 
 
+@pytest.mark.parametrize("form, gram", [*itertools.product(FORMS, (True, False))])
+def test_first_and_second_derivatives(form, gram):
+    x, y = embeddings(form, 3, 3)
+    weights = [torch.tensor(w, dtype=torch.float64, requires_grad=True) for w in (0.7, 0.1, 0.4)]
+    def loss(x, y, a, b, alpha):
+        return auc_objective(moments_of(form, x, y, gram), a, b, alpha, 0.9, 4.0, 2.0)
+    assert torch.autograd.gradcheck(loss, (x, y, *weights))
+    assert torch.autograd.gradgradcheck(loss, (x, y, *weights))
+
+
+@pytest.mark.parametrize("n", [3, 9])  # matrices of cosines, Gram matrices
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dim", [3, 20])
-def test_gradcheck(form, dim):
-    criterion = AUCCLLoss(a=0.7, b=0.1, alpha=0.4).double()
-    x, y = embeddings(form, 4, dim)
-    assert torch.autograd.gradcheck(lambda *inputs: call(criterion, form, *inputs[:2]),
-                                    (x, y, criterion.a, criterion.b, criterion.alpha))
-
-
-def test_second_derivatives():
-    criterion = AUCCLLoss(alpha=0.4).double()
-    assert torch.autograd.gradgradcheck(criterion, tuple(embeddings("symmetric", 4, 3)))
+def test_torch_func_grad_equals_autograd(form, n):
+    x, y = embeddings(form, n, 6)
+    criterion = AUCCLLoss().double()
+    expected, = gradients(call(criterion, form, x.detach(), y), (y,))
+    assert_close(torch.func.grad(lambda y: call(criterion, form, x.detach(), y))(y.detach()), expected)
+    assert criterion.stats["positive"] <= 1
 
 
 def test_the_teacher_gets_no_gradient():
@@ -151,65 +172,83 @@ def test_pair_auc_counts_couples():
     assert pair_auc(same, same) == 0.5  # all tied
 
 
-# ------------------------------------------------------------------------------------------------------- the saddle point
+# ------------------------------------------------------------------------------------------- the saddle point
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("score", ["cosine", "unit"])
-@pytest.mark.parametrize("nu, kappa", [(1.0, 1.0), (16.0, 1.0), (64.0, 1.0), (4.0, 4.0)])
-def test_descent_ascent_reaches_the_saddle(form, score, nu, kappa):
-    """At fixed embeddings, plain SGD at one step size for every nu; with nu = kappa = 1 the loss is then the AUC surrogate."""
+@pytest.mark.parametrize("form, score, nu, kappa", [
+    ("symmetric", "cosine", 1.0, 1.0), ("teacher_student", "unit", 1.0, 1.0),
+    ("symmetric", "unit", 64.0, 1.0), ("teacher_student", "cosine", 16.0, 1.0),
+    ("symmetric", "cosine", "sum", "sum"),
+])
+def test_plain_steps_reach_the_saddle_which_is_the_square_surrogate(form, score, nu, kappa):
+    """At fixed embeddings, by SGD at one step size for every nu."""
     criterion = AUCCLLoss(negative_weight=nu, margin_negative_weight=kappa, score=score).double()
     x, y = (z.detach() for z in embeddings(form, 6, 4))
-    optimizer = torch.optim.SGD(criterion.param_groups(lr=0.4), lr=0.4)
+    optimizer = torch.optim.SGD(criterion.parameters(), lr=0.4)
     for _ in range(60):
         optimizer.zero_grad()
         call(criterion, form, x, y).backward()
         optimizer.step()
     positive, negative = (ref.SCORES[score](cosines) for cosines in pairs(form, x, y))
-    assert_close(criterion.a.detach(), positive.mean(), 1e-8)
-    assert_close(criterion.b.detach(), negative.mean(), 1e-8)
-    assert_close(criterion.alpha.detach(), 1 - positive.mean() + kappa * negative.mean(), 1e-8)
+    violation = 1 - positive.mean() + (10 if kappa == "sum" else kappa) * negative.mean()
+    for weight, value in zip(criterion.parameters(), (positive.mean(), negative.mean(), violation)):
+        assert_close(weight.detach(), value, 1e-8)
     if kappa == 1:
         expected = ref.surrogate(positive, negative, 1.0) + (nu - 1) * negative.var(correction=0)
         assert_close(call(criterion, form, x, y).detach(), expected, 1e-8)
 
 
-def test_plain_steps_on_the_released_imagenet_weights_are_stable():
-    criterion = AUCCLLoss.preset("released-imagenet", learn=("a", "b")).double()
-    teacher, student = (x.detach() for x in embeddings("teacher_student", 40, 4))
-    optimizer = torch.optim.SGD(criterion.param_groups(lr=0.4), lr=0.4)
-    for _ in range(60):
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5), "Adam": lambda p: torch.optim.Adam(p, lr=0.02),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.02), "Lars": lambda p: timm.optim.Lars(p, lr=0.1),
+    "Lamb": lambda p: timm.optim.Lamb(p, lr=0.02), "Muon": lambda p: timm.optim.Muon(p, lr=0.02),
+    "Adafactor": lambda p: timm.optim.Adafactor(p, lr=0.02, scale_parameter=False)}
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_does_descent_ascent(name, grouped):
+    criterion, bystander = AUCCLLoss(a=0.0, b=0.4, alpha=0.4), torch.nn.Parameter(torch.ones(4, 4))
+    x, y = (z.detach().float() for z in embeddings("symmetric", 8, 4))
+    optimizer = OPTIMIZERS[name]([{"params": [bystander]}, *criterion.param_groups(lr=0.02)] if grouped else
+                                 [bystander, *criterion.parameters()])
+    with torch.no_grad():
+        moments = symmetric_moments(unit_rows(x), unit_rows(y))
+        a, b = moments.positive_mean, moments.negative_mean
+        saddle = torch.stack([a, b, 1 - a + b])
+    def distance():
+        return (torch.stack([*criterion.parameters()]).detach() - saddle).abs()
+    start = distance()
+    for _ in range(150):
         optimizer.zero_grad()
-        criterion.eval().teacher_student(teacher, student).backward()
+        (criterion(x, y) + 0 * bystander.sum()).backward()
         optimizer.step()
-    assert criterion.a.grad.abs() < 1e-6 and criterion.b.grad.abs() < 1e-6 and criterion.b.abs() < 100
+    assert (start > 0.2).all() and (distance() < 0.05).all()
 
 
-def test_a_plain_step_on_b_above_its_curvature_diverges():
-    """The reason why param_groups scales b's step: without it nu = 16 diverges at the step size of the test above."""
-    criterion = AUCCLLoss(negative_weight=16.0).double()
-    x, y = embeddings("symmetric", 6, 4)
-    optimizer = torch.optim.SGD(criterion.param_groups(lr=0.4, adaptive=True), lr=0.4)
-    for _ in range(60):
-        optimizer.zero_grad()
-        criterion(x.detach(), y.detach()).backward()
-        optimizer.step()
-    assert not abs(criterion.b.item()) < 1e6
+@pytest.mark.parametrize("options", [{"lr": 0.05, "maximize": True}, {"lr": 1.5}])
+def test_one_warning_when_alpha_leaves_its_range(options):
+    criterion = AUCCLLoss()
+    x, y = (z.detach().float() for z in embeddings("symmetric", 8, 4))
+    optimizer = torch.optim.SGD([criterion.alpha], **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(30):
+            assert criterion.alpha.abs() > 3 or not caught
+            optimizer.zero_grad()
+            criterion(x, y).backward()
+            optimizer.step()
+    assert len(caught) == 1 and "maximize=True" in str(caught[0].message) and "+-3" in str(caught[0].message)
 
 
-def test_alpha_ascends_while_a_b_and_the_network_descend():
-    """One step of one optimiser moves every weight along its gradient's side of the min-max."""
-    network = torch.nn.Linear(4, 3).double()
-    criterion = AUCCLLoss(a=0.2, b=0.3, alpha=0.1).double()
-    optimizer = torch.optim.SGD([{"params": network.parameters()}, *criterion.param_groups(lr=1e-3)], lr=1e-3)
-    x0, x1 = (x.detach() for x in embeddings("symmetric", 6, 4))
-    variables = [*network.parameters(), criterion.a, criterion.b, criterion.alpha]
-    before = [v.detach().clone() for v in variables]
-    criterion(network(x0), network(x1)).backward()
-    optimizer.step()
-    for variable, start in zip(variables, before):
-        moved = ((variable.detach() - start) * variable.grad).sum()
-        assert moved > 0 if variable is criterion.alpha else moved < 0
+def test_off_the_cpu_alpha_is_read_at_every_100th_call_and_weights_follow_the_embeddings(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())  # meta has none
+    z = torch.zeros(3, 4, device="meta")  # whose values cannot be read
+    criterion = AUCCLLoss(negative_weight="sum")  # on the CPU
+    assert {weight.device.type for weight in criterion._weights(z)} == {"meta"}
+    for _ in range(99):
+        assert criterion(z, z).device.type == "meta"
+    with pytest.raises(RuntimeError, match="meta"):
+        criterion(z, z)
 
 
 def test_held_weights_have_no_group_and_no_gradient():
@@ -220,32 +259,33 @@ def test_held_weights_have_no_group_and_no_gradient():
 
 
 def test_collapse_is_no_minimum_of_the_defaults():
-    """A student facing a fixed teacher can reach any mean cosine c; with kappa = nu > 1 the collapsed a = b = c = -m/(nu - 1)
-    has loss 0, with the default kappa = 1 every collapsed network pays m^2."""
+    """A student facing a fixed teacher can reach any mean cosine c. With kappa = nu > 1, the collapsed
+    a = b = c = -m/(nu - 1) has loss 0; with the default kappa = 1 every collapsed network pays m^2."""
     teacher = torch.zeros(1, 6, 2, dtype=torch.float64)
     teacher[..., 0] = 1
 
     def collapsed_loss(kappa, nu, c):
         student = torch.tensor([c, math.sqrt(1 - c * c)], dtype=torch.float64).expand(2, 6, 2)
-        criterion = AUCCLLoss(a=c, b=c, alpha=1 - c + kappa * c, negative_weight=nu, margin_negative_weight=kappa).double()
-        return criterion.teacher_student(teacher, student).item()
+        criterion = AUCCLLoss(a=c, b=c, alpha=1 - c + kappa * c, negative_weight=nu,
+                              margin_negative_weight=kappa)
+        return criterion.double().teacher_student(teacher, student).item()
     assert collapsed_loss(kappa=4.0, nu=4.0, c=-1 / 3) == pytest.approx(0, abs=1e-12)
     for c in (-0.9, -1 / 3, 0.0, 0.5, 1.0):
-        assert collapsed_loss(kappa=AUCCLLoss().margin_negative_weight, nu=4.0, c=c) == pytest.approx(1, abs=1e-12)
+        loss = collapsed_loss(kappa=AUCCLLoss().margin_negative_weight, nu=4.0, c=c)
+        assert loss == pytest.approx(1, abs=1e-12)
 
 
-# ----------------------------------------------------------------------------------------------------------- unbiasedness
+# ----------------------------------------------------------------------------------------------- unbiasedness
 
 def batch_gradients(loss, network, views, variables, size):
-    """The mean over ALL batches of `size` of the population's images of the gradients of the variables, flat."""
+    """The mean over ALL batches of `size` images of the population of the variables' gradients, flat."""
     batches = [list(batch) for batch in itertools.combinations(range(len(views[0])), size)]
-    grads = [torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss(*(network(v[batch]) for v in views)), variables)])
-             for batch in batches]
-    return torch.stack(grads).mean(0)
+    grads = [torch.autograd.grad(loss(*(network(v[batch]) for v in views)), variables) for batch in batches]
+    return torch.stack([torch.cat([g.reshape(-1) for g in grad]) for grad in grads]).mean(0)
 
 
 @pytest.mark.parametrize("size", range(2, 7))
-@pytest.mark.parametrize("nu, kappa", [(16.0, 1.0), (1.0, 1.0), (4.0, 4.0)])
+@pytest.mark.parametrize("nu, kappa", [(16.0, 1.0), (4.0, 4.0)])
 def test_every_batch_size_is_unbiased(size, nu, kappa):
     network = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)).double()
     for index, p in enumerate(network.parameters()):
@@ -258,7 +298,8 @@ def test_every_batch_size_is_unbiased(size, nu, kappa):
 
     variables = list(network.parameters())
     population = batch_gradients(ref.nt_xent, network, views, variables, 6)
-    bias = (batch_gradients(ref.nt_xent, network, views, variables, size) - population).norm() / population.norm()
+    bias = batch_gradients(ref.nt_xent, network, views, variables, size) - population
+    bias = bias.norm() / population.norm()
     assert bias > 0.02 if size < 6 else bias == 0  # the same enumeration sees NT-Xent's bias
 
 
@@ -269,15 +310,15 @@ def test_the_teacher_student_form_is_unbiased(size):
     criterion = AUCCLLoss(a=0.3, b=0.1, alpha=0.6).double()
 
     def mean_gradient(n):
-        grads = [torch.autograd.grad(criterion.teacher_student(teacher[:, list(batch)], student[:, list(batch)] @ weight),
-                                     (weight, criterion.a, criterion.b, criterion.alpha))
-                 for batch in itertools.combinations(range(5), n)]
+        batches = [list(batch) for batch in itertools.combinations(range(5), n)]
+        grads = [torch.autograd.grad(criterion.teacher_student(teacher[:, batch], student[:, batch] @ weight),
+                                     (weight, *criterion.parameters())) for batch in batches]
         return [torch.stack(g).mean(0) for g in zip(*grads)]
     for mine, population in zip(mean_gradient(size), mean_gradient(5)):
         assert_close(mine, population)
 
 
-# ------------------------------------------------------------------------------------------------------------------ edges
+# ------------------------------------------------------------------------------------------------------ edges
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("preset, form", PRESET_FORMS)
@@ -315,7 +356,7 @@ def test_degenerate_embeddings_stay_finite(form, n, kind):
     if kind == "one zero":
         assert (y.grad[..., 0, :] == 0).all()  # a zero row has no direction to improve
     if kind == "equal":
-        assert loss.item() == pytest.approx(16 + 2 - 1, rel=1e-5)  # nu (1 - b)^2 + 2 alpha m - alpha^2 at the initial weights
+        assert loss.item() == pytest.approx(16 + 2 - 1, rel=1e-5)  # nu (1 - b)^2 + 2 alpha m - alpha^2
 
 
 @pytest.mark.parametrize("x, y, message", [
@@ -346,8 +387,9 @@ def test_bad_teacher_student(teacher, student, message):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(learn=("a", "beta")), "beta"), (dict(score="angle"), "angle"), (dict(negative_weight="mean"), "mean"),
-    (dict(margin_negative_weight=-1.0), "positive"), (dict(a=math.nan), "finite"), (dict(margin=math.inf), "finite"),
+    (dict(learn=("a", "beta")), "beta"), (dict(score="angle"), "angle"),
+    (dict(negative_weight="mean"), "mean"), (dict(margin_negative_weight=-1.0), "positive"),
+    (dict(a=math.nan), "finite"), (dict(margin=math.inf), "finite"),
 ])
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -363,8 +405,6 @@ def test_presets_refuse_what_they_are_not():
         AUCCLLoss.preset("released-cifar").teacher_student(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))
     with pytest.raises(ValueError, match="no symmetric form"):
         AUCCLLoss.preset("released-imagenet")(torch.zeros(3, 4), torch.zeros(3, 4))
-    with pytest.raises(ValueError, match="sum"):
-        AUCCLLoss(negative_weight="sum").param_groups(lr=0.1)
 
 
 @pytest.mark.parametrize("preset, form", PRESET_FORMS)
@@ -378,10 +418,4 @@ def test_state_dict_round_trip(preset, form):
     restored = AUCCLLoss.preset(preset).double()
     restored.load_state_dict(saved.state_dict())
     assert restored.state_dict().keys() >= {"a", "b", "alpha"}
-    assert call(restored, form, x, y) == call(saved, form, x, y)
-
-
-def test_objective_takes_plain_numbers():
-    moments = symmetric_moments(*(unit_rows(z.detach()) for z in embeddings("symmetric", 5, 4)))
-    criterion = AUCCLLoss(a=0.5, b=0.2, alpha=0.3)
-    torch.testing.assert_close(auc_objective(moments, 0.5, 0.2, 0.3, negative_weight=16.0), criterion._objective(moments))
+    assert call(restored, form, x, y) == call(copy.deepcopy(saved), form, x, y)

@@ -1,21 +1,30 @@
-"""The batched augmentation against torchvision's, operation by operation and as a whole."""
+"""SimCLR's augmentation and multi-crop against torchvision, PIL and timm, and what a seed decides."""
 import math
 import random
+import re
 from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as reference
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.random_erasing import RandomErasing
+from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2.functional import resized_crop as resized_crop_v2
 
 import augmentations as ours
 
-# Float arithmetic in another order than torchvision's; a step of 8 bits is 4e-3.
-EXACT = 5e-7
+STEP = 1 / 255        # of 8 bits
+EXACT = 5e-7          # float arithmetic in another order than torchvision's
 HUE_TOLERANCE = 5e-6  # torchvision's own float error: it divides by the chroma, and multiplies by it again
-
+BILINEAR, BICUBIC = InterpolationMode.BILINEAR, InterpolationMode.BICUBIC
+ADJUST = [getattr(reference, "adjust_" + name) for name in ("brightness", "contrast", "saturation", "hue")]
+RAND_AUGMENT = "rand-n2-m10-mstd0.5"
+SMALL = dict(global_size=32, local_size=16)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,8 +33,8 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def float_images(count=48, size=16):
-    """Random colours, and what colour arithmetic trips over: grey, black, white, pure, and equal channels."""
+def colours(count=48, size=16):
+    """Random floats, and what colour arithmetic trips over: grey, black, white, pure, and equal channels."""
     images = torch.rand(count, 3, size, size, generator=generator(1))
     images[0] = images[0, :1]
     images[1], images[2] = 0, 1
@@ -37,309 +46,508 @@ def float_images(count=48, size=16):
     return images
 
 
-def byte_images(count=64, height=32, width=32):
-    """Noise on smooth colour gradients, as uint8."""
+def bytes_of(count=64, height=32, width=32):
+    """Noise on smooth colour gradients, uint8 [count, 3, height, width]."""
     smooth = torch.rand(count, 3, 4, 4, generator=generator(2))
     smooth = torch.nn.functional.interpolate(smooth, (height, width), mode="bilinear")
     noise = torch.rand(count, 3, height, width, generator=generator(3))
     return (smooth * 0.8 + noise * 0.2).mul(255).round().to(torch.uint8)
 
 
-def one_by_one(function, images, *factors):
-    return torch.stack([function(image, *(f.item() for f in parts)) for image, *parts in zip(images, *factors)])
+def photograph(width=120, height=90, seed=0):
+    """Smooth colours, sharp edges and noise, as a PIL image."""
+    rng = np.random.default_rng(seed)
+    smooth = Image.fromarray(rng.integers(0, 256, (5, 6, 3), np.uint8)).resize((width, height), Image.BICUBIC)
+    pixels = np.asarray(smooth) * 0.85 + rng.integers(0, 38, (height, width, 3))
+    pixels[height // 3:height // 2, width // 4:width // 2] = rng.integers(0, 256, 3)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def largest_difference(a, b):
+def pil_of(image):
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+tensor_of = reference.pil_to_tensor
+
+
+def batch_of(crop, seeds):
+    return default_collate([crop(photograph(seed=seed % 7), seed) for seed in seeds])
+
+
+def difference(a, b):
     return (a - b).abs().max().item()
 
 
-def ks_distance(a, b):
-    """Two-sample Kolmogorov-Smirnov statistic; ties allowed."""
-    a, b, at = np.sort(a), np.sort(b), np.concatenate((a, b))
-    return np.abs(np.searchsorted(a, at, "right") / len(a) - np.searchsorted(b, at, "right") / len(b)).max()
+def assert_same_distribution(a, b):
+    """Two-sample Kolmogorov-Smirnov test; fails once in about a million (and seeds are fixed)."""
+    na, nb, at = len(a), len(b), np.concatenate((a, b))
+    a, b = (np.searchsorted(np.sort(x), at, "right") / len(x) for x in (a, b))
+    assert np.abs(a - b).max() < 2.7 * math.sqrt(len(at) / (na * nb))
 
 
-def ks_limit(n, m):
-    """Exceeded once in about a million by samples of one distribution (conservative where there are ties)."""
-    return 2.7 * math.sqrt((n + m) / (n * m))
+def assert_uniform(values, low, high):
+    assert low - 1e-6 <= values.min() and values.max() <= high + 1e-6
+    assert_same_distribution(values.flatten(), np.linspace(low, high, 100_001))
+
+
+def assert_same_boxes(a, b):
+    for get in (lambda x: x[:, 0], lambda x: x[:, 1], lambda x: x[:, 2], lambda x: x[:, 3],
+                lambda x: x[:, 2] * x[:, 3], lambda x: x[:, 3] / x[:, 2], lambda x: x[:, 0] - x[:, 1]):
+        assert_same_distribution(get(a), get(b))
 
 
 def assert_frequency(events, p):
-    """Five standard deviations of the binomial."""
-    assert abs(events.float().mean().item() - p) < 5 * math.sqrt(p * (1 - p) / len(events))
+    """Five standard deviations of the binomial; exact for p of 0 and 1."""
+    assert abs(events.double().mean().item() - p) <= 5 * math.sqrt(p * (1 - p) / events.numel())
 
 
-# --- operations at given parameters -----------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------- operations at given parameters
 
-@pytest.mark.parametrize("name, low, high, tolerance", [
-    ("adjust_brightness", 0, 2.5, EXACT), ("adjust_contrast", 0, 2.5, EXACT), ("adjust_saturation", 0, 2.5, EXACT),
-    ("adjust_hue", -0.5, 0.5, HUE_TOLERANCE)])
-def test_colour_operation_equals_torchvision(name, low, high, tolerance):
-    images = float_images()
-    factor = torch.linspace(low, high, len(images))[torch.randperm(len(images), generator=generator())]
-    before = images.clone()
-    result = getattr(ours, name)(images, factor)
-    assert torch.equal(images, before)
-    assert largest_difference(result, one_by_one(getattr(reference, name), images, factor)) < tolerance
-    assert result.min() >= 0 and result.max() <= 1
+def jittered(image, order, factors):
+    for k in order.tolist():
+        image = ADJUST[k](image, factors[k].item())
+    return image
+
+
+@pytest.mark.parametrize("operation, low, high", [
+    (ours.BRIGHTNESS, 0, 2.5), (ours.CONTRAST, 0, 2.5), (ours.SATURATION, 0, 2.5), (ours.HUE, -0.5, 0.5)])
+def test_each_colour_operation_equals_torchvision(operation, low, high):
+    images, order = colours(), torch.arange(4).repeat(48, 1)
+    factors = torch.tensor([[1.0, 1.0, 1.0, 0.0]]).repeat(48, 1)    # that of the others keeps the image
+    factors[:, operation] = factor = torch.linspace(low, high, 48)[torch.randperm(48, generator=generator())]
+    expected = torch.stack([ADJUST[operation](image, f.item()) for image, f in zip(images, factor)])
+    result = ours.jitter(images.clone(), order, factors)
+    assert difference(result, expected) < HUE_TOLERANCE and result.min() >= 0 and result.max() <= 1
 
 
 @pytest.mark.parametrize("factor", [-0.5, -0.1, 0.0, 0.1, 1 / 3, 0.5])
 def test_hue_of_every_corner_and_edge_of_the_colour_cube(factor):
     steps = torch.linspace(0, 1, 9)
-    colours = torch.cartesian_prod(steps, steps, steps).T.reshape(1, 3, 27, 27)
-    expected = reference.adjust_hue(colours, factor)
-    assert largest_difference(ours.adjust_hue(colours, torch.tensor([factor])), expected) < HUE_TOLERANCE
-
-
-def test_grayscale_equals_torchvision():
-    images = float_images()
-    assert largest_difference(ours.to_grayscale(images), reference.rgb_to_grayscale(images)) < EXACT
+    cube = torch.cartesian_prod(steps, steps, steps).T.reshape(1, 3, 27, 27)
+    expected = reference.adjust_hue(cube, factor)
+    assert difference(ours.adjust_hue(cube, torch.tensor([factor])), expected) < HUE_TOLERANCE
 
 
 def test_jitter_in_each_of_the_24_orders_equals_torchvision():
-    orders = torch.tensor(list(permutations(range(4))))
-    images = float_images(len(orders))
-    factors = torch.rand(len(orders), 4, generator=generator()) * torch.tensor([1.6, 1.6, 1.6, 1.0])
-    factors -= torch.tensor([0, 0, 0, 0.5])
-    operations = (reference.adjust_brightness, reference.adjust_contrast, reference.adjust_saturation,
-                  reference.adjust_hue)
-    expected = []
-    for image, order, factor in zip(images, orders.tolist(), factors.tolist()):
-        for k in order:
-            image = operations[k](image, factor[k])
-        expected.append(image)
-    before = images.clone()
+    orders = torch.tensor(sorted(permutations(range(4)), key=lambda order: order.index(ours.HUE)))
+    images = colours(len(orders))
+    factors = torch.rand(24, 4, generator=generator()) * torch.tensor([1.6, 1.6, 1.6, 1])
+    factors[:, 3] -= 0.5
+    expected = [jittered(*row) for row in zip(images, orders, factors)]
     # Contrast and saturation up to 1.6 multiply the error of the hue.
-    assert largest_difference(ours.jitter(images, orders, factors), torch.stack(expected)) < 2 * HUE_TOLERANCE
-    assert torch.equal(images, before)
-    for row in range(len(orders)):  # alone: one hue place for the whole batch, another path
-        alone = ours.jitter(images[row:row + 1], orders[row:row + 1], factors[row:row + 1])
-        assert largest_difference(alone, expected[row]) < 2 * HUE_TOLERANCE
-    assert torch.equal(images, before)
+    assert difference(ours.jitter(images.clone(), orders, factors), torch.stack(expected)) < 2 * HUE_TOLERANCE
+    for row in range(24):
+        alone = ours.jitter(images[row:row + 1].clone(), orders[row:row + 1], factors[row:row + 1])
+        assert difference(alone, expected[row]) < 2 * HUE_TOLERANCE
+    with pytest.raises(ValueError, match="sorted"):
+        ours.jitter(images, orders.flip(0), factors)
 
 
-CROPS = [  # height, width, size, (top, left, height, width): enlarged, same, reduced, both, single pixels, borders
+def test_grayscale_and_normalize_equal_torchvision():
+    images, uint8 = colours(), bytes_of()
+    assert difference(ours.luma(images), reference.rgb_to_grayscale(images)) < EXACT
+    assert difference(ours.grayscale(images.clone()), reference.rgb_to_grayscale(images, 3)) < EXACT
+    expected, before = reference.normalize(uint8 / 255, ours.CIFAR_MEAN, ours.CIFAR_STD), uint8.clone()
+    for given in (uint8, uint8 / 255):
+        assert difference(ours.normalize(given, ours.CIFAR_MEAN, ours.CIFAR_STD), expected) < 2e-6
+    assert torch.equal(uint8, before)
+    assert (ours.IMAGENET_MEAN, ours.IMAGENET_STD) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+@pytest.mark.parametrize("height, width, size, box", [  # enlarged, reduced, both, single pixels, borders
     (32, 32, 32, (0, 0, 32, 32)), (32, 32, 32, (5, 9, 20, 17)), (32, 32, 32, (31, 31, 1, 1)),
     (32, 32, 8, (2, 3, 29, 27)), (40, 56, 16, (7, 11, 33, 9)), (40, 56, 16, (0, 40, 11, 16)),
-    (56, 40, 24, (30, 0, 26, 40)), (64, 64, 5, (1, 1, 63, 63))]
-
-
-@pytest.mark.parametrize("height, width, size, box", CROPS)
+    (56, 40, 24, (30, 0, 26, 40)), (64, 64, 5, (1, 1, 63, 63))])
 def test_crop_resize_equals_torchvision(height, width, size, box):
-    images = byte_images(3, height, width)
+    images, flip = bytes_of(3, height, width), torch.tensor([False, True, False])
     boxes = torch.tensor([box] * 3, dtype=torch.float)
-    result = ours.crop_resize(images, boxes, size)
+    result = ours.crop_resize(images, boxes, size, flip)
     assert result.dtype == torch.float32 and result.shape == (3, 3, size, size)
-    bilinear = InterpolationMode.BILINEAR
     # torchvision on float tensors, antialiased: the same filter in another order of sums.
-    expected = reference.resized_crop(images / 255, *box, [size, size], bilinear, antialias=True)
-    assert largest_difference(result, expected) < 5e-6
-    # On PIL, which rounds to 8 bits after either axis: up to a step and a half of them.
-    pil = torch.stack([reference.to_tensor(reference.resized_crop(Image.fromarray(image.permute(1, 2, 0).numpy()), *box,
-                                                                  [size, size], bilinear)) for image in images])
-    assert largest_difference(result, pil) < 1.5 / 255
-    # Float images keep their range.
-    assert largest_difference(ours.crop_resize(images.float(), boxes, size), expected * 255) < 255 * 5e-6
+    expected = reference.resized_crop(images / 255, *box, [size, size], BILINEAR, antialias=True)
+    expected[1] = expected[1].flip(2)
+    assert difference(result, expected) < 5e-6
+    # PIL rounds to 8 bits after either axis: up to a step and a half of them.
+    pil = [reference.resized_crop(pil_of(image), *box, [size, size], BILINEAR) for image in images]
+    pil = torch.stack([reference.to_tensor(image) for image in pil])
+    pil[1] = pil[1].flip(2)
+    assert difference(result, pil) < 1.5 * STEP
+    assert difference(ours.crop_resize(images.float(), boxes, size, flip), expected * 255) < 255 * 5e-6
 
 
-def test_crop_resize_takes_every_image_its_own_box_and_flip():
-    images = byte_images(40)
-    boxes = ours.draw_boxes(40, 32, 32, (0.1, 1), (3 / 4, 4 / 3), generator())
-    flip = torch.arange(40) % 3 == 0
-    expected = []
-    for image, box, mirrored in zip(images / 255, boxes.int().tolist(), flip):
-        image = reference.resized_crop(image, *box, [32, 32], InterpolationMode.BILINEAR, antialias=True)
-        expected.append(reference.hflip(image) if mirrored else image)
-    assert largest_difference(ours.crop_resize(images, boxes, 32, flip), torch.stack(expected)) < 5e-6
+@pytest.mark.parametrize("width, height, size, box", [
+    (120, 90, 32, (0, 0, 90, 120)), (120, 90, 64, (11, 17, 40, 31)), (120, 90, 40, (50, 80, 40, 40)),
+    (120, 90, 16, (89, 119, 1, 1)), (20, 15, 48, (2, 1, 13, 17)), (301, 7, 24, (0, 100, 7, 9))])
+def test_resized_crop_equals_torchvision(width, height, size, box):
+    image = photograph(width, height)
+    result = ours.resized_crop(tensor_of(image), box, size)
+    assert torch.equal(result, resized_crop_v2(tensor_of(image), *box, [size, size], BICUBIC, antialias=True))
+    # PIL computes with finer integers: a step of 8 bits now and then, and more where the filter overshoots.
+    steps = (result.int() - tensor_of(reference.resized_crop(image, *box, [size, size], BICUBIC)).int()).abs()
+    assert (steps > 0).float().mean() < 0.05 and (steps > 1).float().mean() < 2e-3
 
 
-def test_normalize_equals_torchvision():
-    images = byte_images()
-    expected = reference.normalize(images / 255, ours.CIFAR_MEAN, ours.CIFAR_STD)
-    assert largest_difference(ours.normalize(images, ours.CIFAR_MEAN, ours.CIFAR_STD), expected) < 2e-6
-    assert largest_difference(ours.normalize(images / 255, ours.CIFAR_MEAN, ours.CIFAR_STD), expected) < 2e-6
+@pytest.mark.parametrize("size", [16, 61, 96])
+def test_blur_equals_pil(size):
+    sigma = torch.tensor([0.0, 0.1, 0.3, 0.7, 1.1, 1.4, 2.0, 4.0])
+    crops = torch.stack([tensor_of(photograph(size, size, seed)) for seed in range(len(sigma))])
+    blurred = ours.gaussian_blur(crops / 255, sigma)
+    pil = torch.stack([tensor_of(pil_of(crop).filter(ImageFilter.GaussianBlur(s.item())))
+                       for crop, s in zip(crops, sigma)]) / 255
+    # PIL rounds after each of its six passes, by half a step at most.
+    assert difference(blurred, pil) < 3 * STEP and (blurred - pil).mean().abs() < 0.1 * STEP
+    assert difference(blurred[0], crops[0] / 255) < 1e-6
 
 
-# --- distributions ----------------------------------------------------------------------------------------------------
+def test_blur_has_the_variance_of_the_gaussian_and_nearly_its_shape():
+    sigma, distance = torch.tensor([0.3, 1.0, 2.0]), torch.arange(41) - 20
+    impulse = torch.zeros(3, 1, 41, 41)
+    impulse[..., 20, 20] = 1
+    profile = ours.gaussian_blur(impulse, sigma)[:, 0].sum(1)       # [3, 41]
+    assert torch.allclose((profile * distance**2).sum(1), sigma**2, rtol=1e-4)
+    gauss = torch.exp(-distance**2 / (2 * sigma.view(3, 1)**2))
+    gauss /= gauss.sum(1, keepdim=True)
+    assert ((profile - gauss).abs().amax(1) < 0.1 * gauss.amax(1)).all()
+
+
+def test_solarize_equals_pil():
+    levels = torch.arange(256, dtype=torch.uint8).expand(3, 4, 256)
+    expected = tensor_of(ImageOps.solarize(pil_of(levels), 128))
+    assert torch.equal(ours.solarize(levels / 255).mul(255).round().to(torch.uint8), expected)
+
+
+def test_rand_augment_equals_timms_and_has_a_seed_per_crop(monkeypatch):
+    seeds, changed = [], ours._rand_augmented
+    monkeypatch.setattr(ours, "_rand_augmented", lambda *args: seeds.append(args[2]) or changed(*args))
+    plain, augmented = (ours.MultiCrop(**SMALL, rand_augment=name) for name in (None, RAND_AUGMENT))
+    timm, changes = rand_augment_transform(RAND_AUGMENT, {}), 0
+    for number in range(20):
+        before, after = plain(photograph(), number), augmented(photograph(), number)
+        assert torch.equal(before.local_crops, after.local_crops)
+        for old, new, seed in zip(before.global_crops, after.global_crops, seeds[-2:], strict=True):
+            random.seed(seed), np.random.seed(seed)
+            assert torch.equal(new, tensor_of(timm(pil_of(old))))
+            changes += not torch.equal(old, new)
+    assert len(set(seeds)) == 40 and changes > 16
+
+
+# ---------------------------------------------------------------------------------------------- distributions
 
 @pytest.mark.parametrize("height, width, scale, ratio", [
     (32, 32, (0.2, 1.0), (3 / 4, 4 / 3)),
     (96, 64, (0.08, 1.0), (1 / 2, 5 / 4)),     # upright crops: height and width differ in distribution
-    (48, 64, (0.7, 1.0), (1 / 3, 3)),          # most tries fail, some images fall back
-])
-def test_boxes_are_distributed_as_torchvision(height, width, scale, ratio):
+    (48, 64, (0.7, 1.0), (1 / 3, 3))])         # most tries fail, some images get the central crop
+def test_boxes_are_distributed_as_torchvisions(height, width, scale, ratio):
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
-    theirs = torch.tensor([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(5000)]).numpy()
-    drawn = ours.draw_boxes(40_000, height, width, scale, ratio, generator()).numpy()
-    assert (drawn == np.round(drawn)).all()
-
-    def features(boxes):
-        top, left, h, w = boxes.T.astype(float)
-        free_rows, free_columns = height - h, width - w
-        return {"area": h * w / (height * width), "log ratio": np.log(w / h), "top": top, "left": left,
-                "relative top": top / np.maximum(free_rows, 1), "relative left": left / np.maximum(free_columns, 1),
-                "correlation of sides": h - w, "correlation of corner": top - left}
-
-    ours_, theirs_ = features(drawn), features(theirs)
-    for name in ours_:
-        assert ks_distance(ours_[name], theirs_[name]) < ks_limit(40_000, 5000), name
-    assert drawn[:, :2].min() == 0
-    assert (drawn[:, 0] + drawn[:, 2]).max() == height and (drawn[:, 1] + drawn[:, 3]).max() == width
+    theirs = torch.tensor([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(3000)])
+    boxes = ours.draw_boxes(40_000, height, width, scale, ratio, generator())
+    assert torch.equal(boxes, boxes.round()) and boxes[:, :2].min() == 0
+    assert (boxes[:, :2] + boxes[:, 2:]).amax(0).tolist() == [height, width]
+    assert_same_boxes(boxes, theirs)
 
 
-@pytest.mark.parametrize("height, width", [(32, 32), (20, 90), (90, 20), (31, 64), (65, 30)])
+def test_crops_of_multi_crop_have_torchvisions_distribution(monkeypatch):
+    drawn, draw_boxes = [], ours.draw_boxes
+    monkeypatch.setattr(ours, "draw_boxes", lambda *args: drawn.append(draw_boxes(*args)) or drawn[-1])
+    crop, image = ours.MultiCrop(4, local_size=4, local_number=2), photograph(60, 47)
+    for seed in range(600):
+        crops = crop(image, seed)
+        views = *crops.global_crops, *crops.local_crops
+        for view, box in zip(views, drawn[-1].int().tolist(), strict=True):
+            assert torch.equal(view, ours.resized_crop(tensor_of(image), box, 4))
+    boxes = torch.stack(drawn)                                      # [seeds, 4 crops, 4]
+    pixels = torch.empty(3, 47, 60)
+    torch.manual_seed(0)
+    for own, scale in ((slice(0, 2), (0.4, 1.0)), (slice(2, 4), (0.05, 0.4))):
+        theirs = [RandomResizedCrop.get_params(pixels, scale, (3 / 4, 4 / 3)) for _ in range(1500)]
+        assert_same_boxes(boxes[:, own].flatten(0, 1), torch.tensor(theirs))
+    area = boxes[..., 2:].prod(2).T                                 # [4 crops, seeds]
+    correlation = torch.cat((area, area.roll(1, 1))).corrcoef()     # of crops, and of successive seeds
+    assert correlation.fill_diagonal_(0).abs().max() < 5 / math.sqrt(600)
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (20, 90), (90, 20), (31, 64), (65, 30), (1, 1), (64, 1)])
 def test_central_crop_where_no_try_fits(height, width):
     scale, ratio = (4.0, 5.0), (3 / 4, 4 / 3)
     expected = RandomResizedCrop.get_params(torch.empty(3, height, width), scale, ratio)
-    boxes = ours.draw_boxes(5, height, width, scale, ratio, generator())
-    assert boxes.tolist() == [list(expected)] * 5
+    assert ours.draw_boxes(5, height, width, scale, ratio, generator()).tolist() == [list(expected)] * 5
 
 
-def test_frequencies_orders_and_factors():
-    count = 24_000
-    drawn = ours.SimCLRAugmentation().draw(count, 32, 32, generator())
-    assert_frequency(drawn.flip, 0.5)
-    assert_frequency(drawn.jittered, 0.8)
-    assert_frequency(drawn.grayscale, 0.2)
-    for a, b, p in ((drawn.flip, drawn.jittered, 0.4), (drawn.flip, drawn.grayscale, 0.1),
-                    (drawn.jittered, drawn.grayscale, 0.16)):
-        assert_frequency(a & b, p)
+def test_erasing_is_distributed_as_timms():
+    def boxes_and_noise(views):
+        erased = views != 99
+        assert torch.equal(erased.all(1), erased.any(1))
+        rows, columns = erased[:, 0].any(2).int(), erased[:, 0].any(1).int()
+        boxes = torch.stack((rows.argmax(1), columns.argmax(1), rows.sum(1), columns.sum(1)), 1)
+        assert torch.equal(erased.sum((1, 2, 3)), 3 * boxes[:, 2] * boxes[:, 3])
+        return boxes, views[erased]
 
-    orders, counts = drawn.order.unique(dim=0, return_counts=True)
+    random.seed(0), torch.manual_seed(0)
+    timm, blank = RandomErasing(1.0, mode="pixel", device="cpu"), torch.full((1500, 3, 32, 32), 99.0)
+    theirs, _ = boxes_and_noise(torch.stack([timm(view.clone()) for view in blank]))
+    boxes, noise = boxes_and_noise(ours.erase(blank, *ours.draw_erased(len(blank), 32, generator())))
+    assert_same_boxes(boxes, theirs)
+    assert ours.draw_erased(20_000, 32, generator())[0][:, 2:].max() == 31
+    assert_same_distribution(noise[::10], torch.randn(100_000))
+
+
+def test_jitter_draws_every_order_and_uniform_factors():
+    order, factors = ours.draw_jitter((0.4, 0.4, 1.5, 0.1), 24_000, 32, generator())
+    orders, counts = order.unique(dim=0, return_counts=True)
     assert sorted(map(tuple, orders.tolist())) == list(permutations(range(4)))
-    assert ((counts - count / 24) ** 2 / (count / 24)).sum() < 70  # chi-square, 23 degrees: once in a million
-
-    uniform = np.linspace(0, 1, 100_001)
-    for factor, low, high in zip(drawn.factors.T, (0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1)):
-        assert ks_distance(((factor - low) / (high - low)).numpy(), uniform) < ks_limit(count, len(uniform))
-    assert drawn.factors.T.corrcoef().fill_diagonal_(0).abs().max() < 5 / math.sqrt(count)
+    assert ((counts - 1000) ** 2 / 1000).sum() < 70  # chi-square, 23 degrees of freedom: once in a million
+    for factor, (low, high) in zip(factors.T, ((0.6, 1.4), (0.6, 1.4), (0, 2.5), (-0.1, 0.1))):
+        assert_uniform(factor, low, high)
+    assert factors.T.corrcoef().fill_diagonal_(0).abs().max() < 5 / math.sqrt(24_000)
 
 
-def test_arguments_set_the_distributions():
-    augment = ours.SimCLRAugmentation(scale=(0.5, 0.6), ratio=(1, 1), jitter=(2.0, 0.1, 0, 0), jitter_p=0,
-                                      grayscale_p=1, flip_p=1)
-    drawn = augment.draw(2000, 100, 100, generator())
-    assert drawn.flip.all() and drawn.grayscale.all() and not drawn.jittered.any()
-    low, high = drawn.factors.amin(0), drawn.factors.amax(0)
-    assert torch.allclose(low, torch.tensor([0, 0.9, 1, 0]), atol=5e-3) and (low >= torch.tensor([0, 0.9, 1, 0])).all()
-    assert torch.allclose(high, torch.tensor([3, 1.1, 1, 0]), atol=5e-3)
-    assert (drawn.boxes[:, 2] == drawn.boxes[:, 3]).all()
-    area = drawn.boxes[:, 2] * drawn.boxes[:, 3] / 10_000
-    assert 0.49 < area.min() < 0.51 and 0.59 < area.max() < 0.61
+def test_probabilities_of_dinos_views():
+    operations = ours.MultiCropAugmentation(erasing=0.2, blur_sigma=(0.3, 1.5)).operations
+    drawn = ours.draw(operations, [0, 1, 2, 2], 5000, 32, generator())
+    table = [[0.5] * 4, [0.8] * 4, [0.2] * 4, [1, 0.1, 0.5, 0.5], [0, 0.2, 0, 0], [1] * 4, [0.2, 0, 0, 0]]
+    for (chosen, _), probabilities in zip(drawn, table, strict=True):
+        for events, p in zip(chosen.view(5000, 4).T, probabilities):
+            assert_frequency(events, p)
+    assert_uniform(drawn[3][1][0], 0.3, 1.5)
+    for factor, (low, high) in zip(drawn[1][1][1].T, ((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1))):
+        assert_uniform(factor, low, high)
+    chosen = torch.stack([events.view(5000, 4)[:, view] for events, _ in drawn for view in range(4)]).float()
+    chosen = chosen[chosen.std(1) > 0]                              # those that are neither always nor never
+    assert len(chosen) == 17 and chosen.corrcoef().fill_diagonal_(0).abs().max() < 5 / math.sqrt(5000)
 
 
-# --- the whole --------------------------------------------------------------------------------------------------------
+def test_simclr_draws_its_two_views_independently():
+    augment, images, g, columns = ours.SimCLRAugmentation(), bytes_of(5000, 8, 8), generator(), []
+    for _ in range(2):
+        boxes, flip, ((jittered, (order, factors)), (grey, _), (normalised, _)) = augment.draw(images, g)
+        for events, p in ((flip, 0.5), (jittered, 0.8), (grey, 0.2), (normalised, 1.0)):
+            assert_frequency(events, p)
+        columns += [*factors.T, order[:, 0], boxes[:, 2:].prod(1), flip, jittered, grey]
+    columns = torch.stack([column.float() for column in columns])
+    assert columns.corrcoef().fill_diagonal_(0).abs().max() < 5 / math.sqrt(5000)
 
-def composed_of_torchvision(augment, image, p, row):
-    """One float view of one float image, from torchvision's functions and the drawn parameters."""
-    box = p.boxes[row].int().tolist()
-    image = reference.resized_crop(image, *box, [augment.size] * 2, InterpolationMode.BILINEAR, antialias=True)
-    if p.flip[row]:
-        image = reference.hflip(image)
-    if p.jittered[row]:
-        brightness, contrast, saturation, hue = p.factors[row].tolist()
-        for k in p.order[row].tolist():
-            image = (reference.adjust_brightness(image, brightness) if k == 0 else
-                     reference.adjust_contrast(image, contrast) if k == 1 else
-                     reference.adjust_saturation(image, saturation) if k == 2 else
-                     reference.adjust_hue(image, hue))
-    if p.grayscale[row]:
-        image = reference.rgb_to_grayscale(image, 3)
-    return reference.normalize(image, augment.mean, augment.std)
 
+@pytest.mark.parametrize("arguments, scale, ratio, factors", [
+    ({}, (0.2, 1.0), (3 / 4, 4 / 3), ((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1))),
+    (dict(scale=(0.5, 0.6), ratio=(1, 2), strengths=(2.0, 0.1, 0, 0), jitter_p=0, grayscale_p=1, flip_p=1),
+     (0.5, 0.6), (1, 2), ((0, 0.9, 1, 0), (3, 1.1, 1, 0)))])
+def test_ranges_of_simclrs_parameters(arguments, scale, ratio, factors):
+    images = torch.empty(1, 3, 200, 200, dtype=torch.uint8).expand(4000, -1, -1, -1)
+    augment = ours.SimCLRAugmentation(**arguments)
+    boxes, flip, ((jittered, (_, drawn)), (grey, _), _) = augment.draw(images, generator())
+    assert not arguments or flip.all() and grey.all() and not jittered.any()
+    area, aspect = boxes[:, 2:].prod(1) / 200**2, boxes[:, 3] / boxes[:, 2]
+    for values, expected in ((drawn, factors), (area, scale), (aspect, ratio)):
+        bounds = torch.stack((values.amin(0), values.amax(0)))
+        assert torch.allclose(bounds, torch.tensor(expected).float(), atol=0.03)
+
+
+# ------------------------------------------------------------------------------------------------ whole views
 
 @pytest.mark.parametrize("count, height, width, size", [(100, 32, 32, 32), (7, 48, 40, 20), (1, 32, 32, 32)])
-def test_views_equal_torchvision_composed_at_the_drawn_parameters(count, height, width, size):
-    augment = ours.SimCLRAugmentation(size=size)
-    images = byte_images(count, height, width)
-    before, g = images.clone(), generator(4)
-    parameters = [augment.draw(count, height, width, g) for _ in range(2)]
-    views = augment(images, generator(4))
-    assert torch.equal(images, before)
-    for view, p in zip(views, parameters):
-        assert view.dtype == torch.float32 and view.shape == (count, 3, size, size)
-        expected = [composed_of_torchvision(augment, image, p, row) for row, image in enumerate(images / 255)]
-        assert largest_difference(view, torch.stack(expected)) < 4e-5  # 1e-5 in [0, 1], before the division by std
+@pytest.mark.parametrize("pil", [False, True])
+def test_simclrs_views_equal_torchvision_composed_at_the_drawn_parameters(count, height, width, size, pil):
+    augment = ours.SimCLRAugmentation(size)
+    images, g = bytes_of(count, height, width), generator(4)
+    before = images.clone()
+    views = augment(images, generator(4), views=3)
+    assert len(views) == 3 and torch.equal(images, before)
+    for view in views:
+        boxes, flip, (jitter, grey, _) = augment.draw(images, g)
+        expected = []
+        for row, image in enumerate(images):
+            image = pil_of(image) if pil else image / 255
+            box = boxes[row].int().tolist()
+            image = reference.resized_crop(image, *box, [size, size], BILINEAR, antialias=True)
+            image = reference.hflip(image) if flip[row] else image
+            image = jittered(image, *(field[row] for field in jitter[1])) if jitter[0][row] else image
+            image = reference.rgb_to_grayscale(image, 3) if grey[0][row] else image
+            expected.append(reference.to_tensor(image) if pil else image)
+        expected = reference.normalize(torch.stack(expected), ours.CIFAR_MEAN, ours.CIFAR_STD)
+        assert view.dtype == torch.float32 and view.shape == expected.shape
+        # 1e-5 in [0, 1], before the division by std. PIL rounds after every operation, and hues to 8 bits.
+        assert (view - expected).abs().mean() < 8 * STEP if pil else difference(view, expected) < 5e-5
 
 
-def test_views_are_close_to_torchvision_on_pil():
-    """What users of torchvision's PIL transforms get, whose every operation rounds to 8 bits."""
-    augment = ours.SimCLRAugmentation(mean=(0, 0, 0), std=(1, 1, 1))
-    images = byte_images()
-    p = augment.draw(len(images), 32, 32, generator(5))
-    view = augment.apply_view(images, p)
-    pil = torch.empty_like(view)
-    for row, image in enumerate(images):
-        image = Image.fromarray(image.permute(1, 2, 0).numpy())
-        image = reference.resized_crop(image, *p.boxes[row].int().tolist(), [32, 32])
-        image = reference.hflip(image) if p.flip[row] else image
-        adjust = (reference.adjust_brightness, reference.adjust_contrast, reference.adjust_saturation,
-                  reference.adjust_hue)
-        for k in p.order[row].tolist() if p.jittered[row] else ():
-            image = adjust[k](image, p.factors[row, k].item())
-        image = reference.rgb_to_grayscale(image, 3) if p.grayscale[row] else image
-        pil[row] = reference.to_tensor(image)
-    assert (view - pil).abs().mean() < 1.5 / 255
+@pytest.mark.parametrize("pil", [False, True])
+def test_views_of_multi_crop_equal_dinos_transforms_at_the_drawn_parameters(pil):
+    augment = ours.MultiCropAugmentation()
+    crops = batch_of(ours.MultiCrop(global_size=64, local_size=32, local_number=3), range(24))
+    before, views, g = [field.clone() for field in crops], augment(crops, generator(5)), generator(5)
+    assert all(torch.equal(a, b) for a, b in zip(crops, before)) and len(views) == 5
+    expected, seen = [], set()
+    for images, kinds in ((crops.global_crops, [0, 1]), (crops.local_crops, [2, 2, 2])):
+        drawn = ours.draw(augment.operations, kinds, 24, images.shape[-1], g)
+        flip, jitter, grey, blur, solarize, _, _ = drawn
+        for row, image in enumerate(images.flatten(0, 1)):
+            image = pil_of(image) if pil else image / 255
+            image = reference.hflip(image) if flip[0][row] else image
+            image = jittered(image, *(field[row] for field in jitter[1])) if jitter[0][row] else image
+            image = reference.rgb_to_grayscale(image, 3) if grey[0][row] else image
+            if blur[0][row]:
+                sigma = blur[1][0][row]
+                image = (image.filter(ImageFilter.GaussianBlur(sigma.item())) if pil else
+                         ours.gaussian_blur(image[None], sigma[None])[0])
+            if solarize[0][row]:
+                image = ImageOps.solarize(image, 128) if pil else reference.solarize(image, 0.5)
+            image = reference.to_tensor(image) if pil else image
+            expected.append(reference.normalize(image, ours.IMAGENET_MEAN, ours.IMAGENET_STD))
+            seen.add((flip[0][row].item(), blur[0][row].item(), solarize[0][row].item()))
+    assert len(seen) >= 5                       # of flip, blur and solarisation
+    views = [image for group in (views[:2], views[2:]) for image in torch.stack(group, 1).flatten(0, 1)]
+    for image, plain in zip(views, expected, strict=True):
+        assert pil or difference(image, plain) < 5e-5
+    mean = torch.stack([(a - b).abs().mean() for a, b in zip(views, expected)]).mean()
+    assert mean < (8 * STEP if pil else 5e-6)
 
 
-def test_the_two_views_are_drawn_independently():
-    augment = ours.SimCLRAugmentation()
-    g = generator()
-    a, b = (augment.draw(4000, 32, 32, g) for _ in range(2))
-    for field in ("boxes", "factors"):
-        for x, y in zip(getattr(a, field).T, getattr(b, field).T):
-            assert abs(torch.stack((x, y)).corrcoef()[0, 1]) < 5 / math.sqrt(4000), field
-    for field, p in (("flip", 0.25), ("jittered", 0.64), ("grayscale", 0.04)):
-        assert_frequency(getattr(a, field) & getattr(b, field), p)
-    assert_frequency((a.order == b.order).all(1), 1 / 24)
-    view0, view1 = augment(byte_images(), generator())
-    assert ((view0 - view1).abs().amax((1, 2, 3)) > 0.05).all()
+def test_erasing_keeps_the_rest():
+    crops = batch_of(ours.MultiCrop(**SMALL, local_number=1), range(40))
+    augment = ours.MultiCropAugmentation(0.5)
+    erased, plain = augment(crops, generator()), ours.MultiCropAugmentation(0.0)(crops, generator())
+    assert torch.equal(plain[1], erased[1]) and torch.equal(plain[2], erased[2])
+    _, _, _, _, _, _, (chosen, (boxes, _)) = ours.draw(augment.operations, [0, 1], 40, 32, generator())
+    inside = torch.zeros(40, 3, 32, 32, dtype=torch.bool)
+    for row, (top, left, height, width) in enumerate(boxes[::2].tolist()):
+        inside[row, :, top:top + height, left:left + width] = chosen[2 * row]
+    assert 5 < chosen.sum() < 35 and torch.equal(plain[0] != erased[0], inside)
 
 
-def test_the_generator_alone_decides():
-    augment, images = ours.SimCLRAugmentation(), byte_images()
+def test_an_operation_is_added_in_one_line():
+    def draw_shift(count, size, generator):
+        return (1 + torch.rand(count, generator=generator),)
+
+    def shift(images, amount):
+        return images + amount.view(-1, 1, 1, 1)
+
+    crops, augment = batch_of(ours.MultiCrop(**SMALL), range(12)), ours.MultiCropAugmentation()
+    before = augment(crops, generator())
+    augment.operations.append(ours.Operation((0.0, 0.5, 0.0), shift, draw_shift))
+    after = augment(crops, generator())
+    amounts = (after[1] - before[1]).flatten(1)
+    chosen = amounts.amin(1) > 0.999
+    assert torch.equal(before[0], after[0]) and 0 < chosen.sum() < 12
+    assert (amounts[~chosen] == 0).all() and amounts[chosen].std(1).max() < 1e-5
+    assert amounts[chosen].mean(1).std() > 0.1 and amounts.max() < 2.001
+
+
+@pytest.mark.parametrize("sizes", [dict(SMALL, local_number=0), dict(SMALL, local_number=1),
+                                   dict(global_size=48, local_size=17)])
+def test_sizes_and_numbers(sizes):
+    crop = ours.MultiCrop(**sizes)
+    crops = default_collate([crop(photograph(20, 31, seed), seed) for seed in range(3)])
+    assert isinstance(crops, ours.Crops) and isinstance(crops.to("cpu"), ours.Crops)
+    views = ours.MultiCropAugmentation(erasing=1.0)(crops, generator())
+    sides = [crop.global_size] * 2 + [crop.local_size] * crop.local_number
+    assert [list(view.shape) for view in views] == [[3, 3, side, side] for side in sides]
+    assert all(view.isfinite().all() for view in views)
+
+
+# ---------------------------------------------------------------------------------------- what a seed decides
+
+@pytest.fixture
+def global_states():
+    """Asserts that the global generators are not touched."""
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
-    first = augment(images, generator(6))
-    torch.manual_seed(2), np.random.seed(2), random.seed(2)
-    state = torch.get_rng_state()
-    again, other = augment(images, generator(6)), augment(images, generator(7))
-    assert torch.equal(torch.get_rng_state(), state)
-    for x, y, z in zip(first, again, other):
-        assert torch.equal(x, y) and not torch.equal(x, z)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    yield
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[2]
+    assert (np.random.get_state()[1] == states[1]).all()
 
 
-def test_neither_threads_nor_parts_nor_autocast_change_a_bit(monkeypatch):
-    augment, images = ours.SimCLRAugmentation(), byte_images(100)
-    expected = torch.stack(augment(images, generator()))
-    for threads in (2, 3):
-        torch.set_num_threads(threads)
-        assert torch.equal(torch.stack(augment(images, generator())), expected), threads
-    torch.set_num_threads(1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(torch.stack(augment(images, generator())), expected)
-    for length in (3, 1000):
-        monkeypatch.setattr(ours, "IMAGES_PER_THREAD", length)
-        assert torch.equal(torch.stack(augment(images, generator())), expected), length
+def test_the_generator_alone_decides(global_states):
+    simclr, multi = ours.SimCLRAugmentation(), ours.MultiCropAugmentation(erasing=0.5)
+    images, crops = bytes_of(100), batch_of(ours.MultiCrop(**SMALL, local_number=2), range(10))
+    for augment, given in ((simclr, images), (multi, crops)):
+        expected = augment(given, generator(6))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert all(torch.equal(a, b) for a, b in zip(augment(given, generator(6)), expected))
+        torch.set_num_threads(3)                                    # products may then round otherwise
+        assert all(difference(a, b) < 1e-5 for a, b in zip(augment(given, generator(6)), expected))
+        torch.set_num_threads(1)
+        pairs = [*zip(augment(given, generator(7)), expected), expected[:2], expected[-2:]]
+        assert min((a - b).abs().amax((1, 2, 3)).min() for a, b in pairs) > 0.05
 
 
-@pytest.mark.parametrize("images, message", [
-    (torch.zeros(2, 3, 32, 32), "uint8"),
-    (torch.zeros(3, 32, 32, dtype=torch.uint8), r"\[3, 32, 32\]"),
-    (torch.zeros(2, 32, 32, 3, dtype=torch.uint8), r"\[2, 32, 32, 3\]"),
-    (torch.zeros(0, 3, 32, 32, dtype=torch.uint8), "non-empty"),
-    (torch.zeros(2, 3, 0, 32, dtype=torch.uint8), "non-empty")])
-def test_other_images_are_an_error(images, message):
-    with pytest.raises(ValueError, match=message):
+class Photographs(torch.utils.data.Dataset):
+    def __init__(self, crop):
+        self.crop = crop
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return self.crop(photograph(seed=index), 2**62 + index)
+
+
+@pytest.mark.parametrize("workers, batch_size", [(0, 5), (1, 4)])
+def test_crops_depend_on_image_and_seed_alone(workers, batch_size, global_states):
+    data = Photographs(ours.MultiCrop(**SMALL, local_number=2, rand_augment=RAND_AUGMENT))
+    expected = default_collate([data[i] for i in range(12)])
+    parts = list(DataLoader(data, batch_size, num_workers=workers, generator=torch.Generator()))
+    assert all(torch.equal(torch.cat(field), whole) for field, whole in zip(zip(*parts), expected))
+    other = data.crop(photograph(seed=0), 1)
+    assert not torch.equal(other.global_crops, expected.global_crops[0])
+    assert not torch.equal(other.local_crops, expected.local_crops[0])
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_views_do_not_depend_on_the_number_of_ranks(world):
+    crops = batch_of(ours.MultiCrop(**SMALL, local_number=2), range(12))
+    augment = ours.MultiCropAugmentation(0.5)
+    g, share = generator(8), 12 // world
+    whole, state = augment(crops, g), g.get_state()
+    for rank in range(world):
+        own, g = slice(rank * share, (rank + 1) * share), generator(8)
+        views = augment(ours.Crops(*(field[own] for field in crops)), g, rank, world)
+        for view, expected in zip(views, whole, strict=True):
+            assert difference(view, expected[own]) < 1e-5        # products of other sizes may round otherwise
+        assert torch.equal(g.get_state(), state)                    # the next batch is drawn alike
+
+
+# ----------------------------------------------------------------------------------------------------- errors
+
+@pytest.mark.parametrize("make, arguments", [
+    (ours.SimCLRAugmentation, [dict(scale=(0, 1)), dict(scale=(0.5, 0.2)), dict(ratio=(2, 1)), dict(size=0),
+                               dict(strengths=(0.4, 0.4, 0.4)), dict(strengths=(0.4, 0.4, 0.4, 0.6)),
+                               dict(strengths=(-0.1, 0.4, 0.4, 0.1))]),
+    (ours.MultiCropAugmentation, [dict(erasing=1.5), dict(blur_sigma=(2, 1)), dict(strengths=())]),
+    (ours.MultiCrop, [dict(global_scale=(0.0, 1.0)), dict(local_scale=(0.4, 0.1)), dict(global_size=0),
+                      dict(global_size=1_000_000), dict(local_size=4097), dict(local_number=-1)])])
+def test_impossible_arguments_are_an_error(make, arguments):
+    for wrong in arguments:
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            make(**wrong)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "rand-q7"])
+def test_an_unknown_rand_augment_is_an_error(name):
+    with pytest.raises(ValueError, match=f"no RandAugment '{name}'"):
+        ours.MultiCrop(rand_augment=name)
+
+
+@pytest.mark.parametrize("images", [
+    torch.zeros(2, 3, 32, 32), *(torch.zeros(shape, dtype=torch.uint8) for shape in
+                                 [(3, 32, 32), (2, 32, 32, 3), (0, 3, 32, 32), (2, 3, 0, 32)])])
+def test_other_images_are_an_error(images):
+    with pytest.raises(ValueError, match=re.escape(f"{images.dtype} {list(images.shape)}")):
         ours.SimCLRAugmentation()(images, generator())
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"scale": (0, 1)}, "scale"), ({"scale": (0.5, 0.2)}, "scale"),
-    ({"ratio": (0, 1)}, "ratio"), ({"ratio": (2, 1)}, "ratio"),
-    ({"jitter": (0.4, 0.4, 0.4)}, "jitter"), ({"jitter": (0.4, 0.4, 0.4, 0.6)}, "jitter"),
-    ({"jitter": (-0.1, 0.4, 0.4, 0.1)}, "jitter")])
-def test_other_arguments_are_an_error(arguments, message):
+@pytest.mark.parametrize("field, change, message", [
+    ("global_crops", lambda t: t.float(), "global_crops"), ("local_crops", lambda t: t[0], "local_crops"),
+    ("global_crops", lambda t: t[:, :1], "no batch"), ("local_crops", lambda t: t[:1], "no batch"),
+    ("global_crops", lambda t: t[:0], "global_crops")])
+def test_other_crops_are_an_error(field, change, message):
+    crops = batch_of(ours.MultiCrop(**SMALL), range(2))
     with pytest.raises(ValueError, match=message):
-        ours.SimCLRAugmentation(**arguments)
+        ours.MultiCropAugmentation()(crops._replace(**{field: change(getattr(crops, field))}), generator())
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        ours.MultiCropAugmentation()(crops, generator(), 2, 2)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK"])
+def test_other_image_modes_are_an_error(mode):
+    with pytest.raises(ValueError, match=f"mode {mode}"):
+        ours.MultiCrop()(Image.new(mode, (50, 50)), 0)
