@@ -4,9 +4,10 @@
     python benchmarks/study.py convergence --keep_checkpoints         # trains the networks
     python benchmarks/bias.py cifar/results/studies/convergence/{AUC-CL,NT-Xent}/checkpoint.pth
 
-A population is --images training images in two fixed views each, seen by a trained network in evaluation mode, so that
-an embedding depends on its own image alone (with a batch's statistics no loss has unbiased gradients). With g the
-gradient of all network parameters on a minibatch and G that on the whole population, the table holds
+A population is --images training images in two fixed views each, seen by a trained network in evaluation
+mode, so that an embedding depends on its own image alone (with a batch's statistics no loss has unbiased
+gradients). With g the gradient of all network parameters on a minibatch and G that on the population, the
+table holds
 
     bias        |E g - G| / |G|
     tangent     |part of E g across G| / (part of E g along G): bias that no step size can mend
@@ -14,11 +15,12 @@ gradient of all network parameters on a minibatch and G that on the whole popula
 
 and 95 % intervals, a row per network, loss and batch size. The same command adds the rows that are missing.
 
-How bias is told from variance: with a fixed network the parameters' gradient is linear in that of the embeddings, so
-the minibatches of a group (the population cut at random, --cuts times) are averaged over embeddings and carried to the
-parameters once. The product of the errors of two independent groups has the squared bias as its mean, free of variance.
-The mean over all pairs of groups estimates it, and the jackknife over groups gives the interval. Minibatches are drawn
-without replacement, so at B = N all three are 0: a bias of order 1/B shows as 1/B - 1/N.
+How bias is told from variance: with a fixed network the parameters' gradient is linear in that of the
+embeddings, so the minibatches of a group (the population cut at random, --cuts times) are averaged over
+embeddings and carried to the parameters once. The product of the errors of two independent groups has the
+squared bias as its mean, free of variance. The mean over all pairs of groups estimates it, and the jackknife
+over groups gives the interval. Minibatches are drawn without replacement, so at B = N all three are 0: a
+bias of order 1/B shows as 1/B - 1/N.
 """
 import argparse
 import math
@@ -28,7 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 import utils  # noqa: E402
 from auccl_loss import AUCCLLoss, symmetric_moments, unit_rows  # noqa: E402
@@ -37,7 +39,7 @@ from benchmarks.measure import RESULTS, read_table, write_table  # noqa: E402
 from cifar import main as cifar  # noqa: E402
 from cifar.data import load_data  # noqa: E402
 
-GROUPS, T_95 = 8, 2.365     # groups of minibatches; Student's t, two-sided 95 %, for GROUPS - 1 degrees of freedom
+GROUPS, T_95 = 8, 2.365     # groups of minibatches; Student's t, two-sided 95 %, 7 degrees of freedom
 NORMAL_95 = 1.96
 VIEWS, CUTS, DRAWS = 101, 102, 103  # random streams
 LOSSES = {  # name -> the loss, given a, b, alpha at the population's saddle
@@ -50,9 +52,9 @@ LOSSES = {  # name -> the loss, given a, b, alpha at the population's saddle
 
 
 class Population:
-    """Embeddings z [2, N, D] of two views of N images by a fixed network, and the way back to its parameters."""
+    """Embeddings z [2, N, D] of two views of N images, and the way back to the network's parameters."""
 
-    def __init__(self, network, views: Tensor):
+    def __init__(self, network: nn.Module, views: Tensor):
         self.network, self.views = network.eval(), views                # views: [2, N, 3, S, S]
         self.parameters = list(network.parameters())
         self.outputs = torch.stack([network(view) for view in views])   # [2, N, D], with their graph
@@ -70,7 +72,7 @@ class Population:
         return torch.autograd.grad(loss(*z), z)[0]
 
     def mean_over_cuts(self, loss, batch_size: int, cuts: int, generator) -> Tensor:
-        """Mean embedding gradient over the batches of `cuts` random partitions of the population: [2, N, D]."""
+        """Mean embedding gradient over the batches of random partitions of the population: [2, N, D]."""
         total = torch.zeros_like(self.z)
         for _ in range(cuts):
             for rows in torch.randperm(self.z.shape[1], generator=generator).split(batch_size):
@@ -92,29 +94,28 @@ def _flat(gradients) -> Tensor:
 
 
 def squared_mean(rows: Tensor) -> tuple[float, float]:
-    """|E x|^2 from independent draws x [R, P], by products of different draws; and its jackknife standard error."""
+    """|E x|^2 of draws x [R, P] by products of different draws, free of variance; its standard error."""
     count, products = len(rows), (rows @ rows.T).fill_diagonal_(0)
     total = products.sum()
-    without = (total - 2 * products.sum(1)) / ((count - 1) * (count - 2))   # [R]: the estimate without each draw
+    without = (total - 2 * products.sum(1)) / ((count - 1) * (count - 2))  # [R]: jackknife
     variance = (count - 1) / count * (without - without.mean()).square().sum()
     return (total / (count * (count - 1))).item(), variance.sqrt().item()
 
 
-def norm_of_mean(rows: Tensor, unit: float) -> tuple[float, float, float]:
-    """|E x| of GROUPS draws x [GROUPS, P] and its 95 % interval, in units of `unit`; a negative square counts as 0."""
+def norm_of_mean(rows: Tensor, unit: float) -> list[float]:
+    """|E x| of draws x [GROUPS, P] and its 95 % interval, in units of `unit`; negative squares count as 0."""
     estimate, error = squared_mean(rows)
-    return _roots((estimate, estimate - T_95 * error, estimate + T_95 * error), unit)
+    return _roots(estimate, T_95 * error, unit)
 
 
-def deviation(rows: Tensor, unit: float) -> tuple[float, float, float]:
+def deviation(rows: Tensor, unit: float) -> list[float]:
     """sqrt(E |x - E x|^2) of draws x [K, P] and its 95 % interval, in units of `unit`."""
     squares = (rows - rows.mean(0)).square().sum(1) * len(rows) / (len(rows) - 1)
-    mean, half = squares.mean().item(), NORMAL_95 * squares.std().item() / len(rows)**0.5
-    return _roots((mean, mean - half, mean + half), unit)
+    return _roots(squares.mean().item(), NORMAL_95 * squares.std().item() / len(rows)**0.5, unit)
 
 
-def _roots(squares, unit):
-    return tuple(math.sqrt(max(0.0, square)) / unit for square in squares)
+def _roots(square, half, unit):
+    return [math.sqrt(max(0.0, value)) / unit for value in (square, square - half, square + half)]
 
 
 def measure(population: Population, loss, batch_size: int, cuts: int, draws: int, seed: int) -> dict:
@@ -133,12 +134,12 @@ def measure(population: Population, loss, batch_size: int, cuts: int, draws: int
     singles = torch.stack([population.batch_gradient(loss, rows) for rows in batches])          # [draws, P]
     figures = {"bias": norm_of_mean(means - full, unit), "tangent": norm_of_mean(across, along.mean().item()),
                "deviation": deviation(singles, unit)}
-    return {name + end: value for name, figure in figures.items()
-            for end, value in zip(("", "_low", "_high"), figure)}
+    return {name + end: value for name, values in figures.items()
+            for end, value in zip(("", "_low", "_high"), values)}
 
 
 def load_population(checkpoint: Path, data_path: Path | None, images: int, seed: int) -> Population:
-    """The network of a checkpoint of cifar/main.py and two views of its first training images in a random order."""
+    """The network of a cifar/main.py checkpoint, and two views of a random choice of its training images."""
     state = utils.load_checkpoint(checkpoint)
     if not state.get("backbone", {}).get("arch", "").startswith("cifar/"):
         raise utils.UserError(f"{checkpoint} is no checkpoint of cifar/main.py")
@@ -148,27 +149,30 @@ def load_population(checkpoint: Path, data_path: Path | None, images: int, seed:
         raise utils.UserError(f"--images {images} is more than the {len(data.train)} training images")
     run = cifar.Run(args, data)
     utils.load_parts(state, {"student": run.model}, checkpoint)
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(utils.stream_seed(seed, VIEWS)))
-    generator = torch.Generator().manual_seed(utils.stream_seed(seed, VIEWS, 1))
-    return Population(run.model, torch.stack(run.augment(data.train[order[:images]], generator)))
+    choice, generator = (torch.Generator().manual_seed(utils.stream_seed(seed, *stream))
+                         for stream in ((VIEWS,), (VIEWS, 1)))
+    chosen = data.train[torch.randperm(len(data.train), generator=choice)[:images]]
+    return Population(nn.Sequential(run.model.backbone, run.model.head),
+                      torch.stack([*run.augment(chosen, generator)]))
 
 
 def main(argv=None):
     parser = utils.ArgumentParser(__doc__)
     add = parser.add_argument
-    add("checkpoints", type=Path, nargs="+", help="of cifar/main.py; a network is named after the folder. Small "
-        "networks only: all activations of --images pairs of views are kept")
+    add("checkpoints", type=Path, nargs="+", help="checkpoints of cifar/main.py, of small networks (all "
+        "activations for --images are kept), each named after its folder")
     add("--data_path", type=Path, help="folder of the data (default: that of the training run)")
     add("--images", type=utils.positive_int, default=4096, help="images in the population")
-    add("--batch_sizes", type=utils.positive_int, nargs="+", default=[4, 16, 64, 256, 1024], help="divisors of --images")
+    add("--batch_sizes", type=utils.number(int, 2, 10**6), nargs="+", default=[4, 16, 64, 256, 1024],
+        help="divisors of --images")
     add("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="losses to measure")
-    add("--cuts", type=utils.positive_int, default=4, help="cuts of the population into minibatches, per group")
+    add("--cuts", type=utils.positive_int, default=4, help="cuts of the population, per group of minibatches")
     add("--draws", type=utils.number(int, 2, 10**6), default=64, help="single minibatches for the deviation")
     add("--seed", type=utils.non_negative_int, default=0, help="seed of views and minibatches")
     add("--output", type=Path, default=RESULTS / "bias.csv", help="table")
     args = parser.parse_args(argv)
-    if wrong := [size for size in args.batch_sizes if size < 2 or args.images % size]:
-        raise utils.UserError(f"--batch_sizes {wrong[0]} must be at least 2 and divide --images {args.images}")
+    if wrong := [size for size in args.batch_sizes if args.images % size]:
+        raise utils.UserError(f"--batch_sizes {wrong[0]} does not divide --images {args.images}")
     for checkpoint in args.checkpoints:
         population = load_population(checkpoint, args.data_path, args.images, args.seed)
         for name in args.losses:
@@ -177,7 +181,7 @@ def main(argv=None):
                 key = {"network": checkpoint.resolve().parent.name, "loss": name, "batch_size": str(size)}
                 rows = read_table(args.output)
                 if not any(key.items() <= row.items() for row in rows):
-                    row = key | {"images": args.images} | measure(population, loss, size, args.cuts, args.draws, args.seed)
+                    row = key | measure(population, loss, size, args.cuts, args.draws, args.seed)
                     write_table(args.output, [*rows, row])
                     print(utils.format_record(row), flush=True)
     print(f"table: {args.output}")

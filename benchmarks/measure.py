@@ -1,4 +1,4 @@
-"""What the benchmarks share: tables, alternated timing, peak memory of a fresh process, a line that names the machine."""
+"""What the benchmarks share: tables, alternated timing, peak memory of a fresh process, the machine."""
 import csv
 import multiprocessing
 import platform
@@ -32,8 +32,8 @@ def write_table(path: Path, rows: list[dict]) -> None:
 
 
 def alternate(functions: dict, runs: int, warmup: int = 1) -> dict:
-    """Times functions (name -> callable without arguments) in turns, A B A B ..., so that a change in the machine's
-    speed meets all alike: name -> (list of wall seconds, list of CPU seconds), without the warm-up."""
+    """Times functions (name -> callable without arguments) in turns, A B A B ..., so that a change in the
+    machine's speed meets all alike: name -> (list of wall seconds, list of CPU seconds), without warm-up."""
     wall, cpu = ({name: [] for name in functions} for _ in range(2))
     for run in range(warmup + runs):
         for name, function in functions.items():
@@ -54,13 +54,13 @@ def median_wall(times: dict) -> dict:
 
 def matrix_rate(dtype: torch.dtype, device="cpu", size: int = 2048, runs: int = 10) -> float:
     """FLOP/s of a product of two square matrices, the best of `runs`: what torch gets out of the hardware."""
-    x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    x, y = (torch.randn(size, size).to(device, dtype) for _ in range(2))
     return 2 * size**3 / min(alternate({"product": lambda: x @ y}, runs, warmup=2)["product"][0])
 
 
 def extra_memory(prepare, *args) -> float:
-    """MB by which a call raises the peak memory of a fresh process (Linux). `prepare(*args)`, a module's function,
-    returns the call; what it holds itself is not counted."""
+    """MB by which a call raises the peak memory of a fresh process (Linux). `prepare(*args)`, a module's
+    function, returns the call; what it holds itself is not counted."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_extra_memory, (torch.get_num_threads(), prepare, *args))
 

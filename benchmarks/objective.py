@@ -1,11 +1,11 @@
-"""Time and memory of the objective, forward and backward, against lightly's losses and AUC-CL by n x n matrices.
+"""Time and memory of the objective, forward and backward, against lightly's losses and n x n matrices.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/objective.py                      # a quarter of an hour
     python benchmarks/objective.py --images 128 512 --runs 3 --losses AUC-CL NT-Xent
 
-For every number n of images two views [n, D] in float32 on the CPU, with gradient into both. Runs alternate, medians
-count. Extra memory is what a call adds to a fresh process's peak. Writes the CSV --output, which pictures.py draws.
+For every number n of images two views [n, D] in float32 on the CPU, with gradient into both. Runs alternate,
+medians count. Extra memory is what a call adds to a fresh process's peak. The table is for pictures.py.
 """
 import sys
 from pathlib import Path
@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils  # noqa: E402
 from auccl_loss import AUCCLLoss, auc_objective, symmetric_moments, unit_rows  # noqa: E402
+from benchmarks import measure  # noqa: E402
 from benchmarks.losses import build_loss  # noqa: E402
-from benchmarks.measure import RESULTS, alternate, extra_memory, machine, median_wall, write_table  # noqa: E402
 
 
 def by_matrices(z0, z1):
@@ -26,50 +26,50 @@ def by_matrices(z0, z1):
     return auc_objective(moments, a=1.0, b=0.0, alpha=1.0, negative_weight=16.0)
 
 
-LOSSES = {"AUC-CL": AUCCLLoss, "AUC-CL, n x n": lambda: by_matrices,
-          **{name: lambda loss=loss: build_loss(loss).loss for name, loss in (
-              ("NT-Xent", "NTXentLoss"), ("DCL", "DCLLoss"), ("Barlow Twins", "BarlowTwinsLoss"), ("VICReg", "VICRegLoss"))}}
+LOSSES = {
+    "AUC-CL": AUCCLLoss,
+    "AUC-CL, n x n": lambda: by_matrices,
+    "NT-Xent": lambda: build_loss("NTXentLoss").loss,
+    "DCL": lambda: build_loss("DCLLoss").loss,
+    "Barlow Twins": lambda: build_loss("BarlowTwinsLoss").loss,
+    "VICReg": lambda: build_loss("VICRegLoss").loss,
+}
 QUADRATIC = ("AUC-CL, n x n", "NT-Xent", "DCL")  # these build n x n matrices
 
 
 def make_step(name, n, dim):
     """A call without arguments: one forward and backward pass of the loss on n images."""
     criterion, generator = LOSSES[name](), torch.Generator().manual_seed(0)
-    views = [torch.randn(n, dim, generator=generator).requires_grad_() for _ in range(2)]
 
-    def step():
-        for view in views:
-            view.grad = None
-        criterion(*views).backward()
-    return step
-
-
-def make_warm_step(name, n, dim):
-    make_step(name, 16, dim)()  # loads what torch loads on first use
-    return make_step(name, n, dim)
+    def step(views):
+        torch.autograd.grad(criterion(*views), views)
+    step(torch.randn(2, 16, dim).requires_grad_().unbind())  # loads what torch loads on first use
+    views = torch.randn(2, n, dim, generator=generator).requires_grad_().unbind()
+    return lambda: step(views)
 
 
 def main(argv=None):
     parser = utils.ArgumentParser(__doc__)
     add = parser.add_argument
-    add("--images", type=utils.number(int, 2, 10**7), nargs="+", default=[2**k for k in range(7, 15)], help="numbers n")
+    add("--images", type=utils.number(int, 2, 10**7), nargs="+", default=[2**k for k in range(7, 15)],
+        help="numbers n of images")
     add("--losses", choices=LOSSES, nargs="+", default=list(LOSSES), help="losses to measure")
-    add("--quadratic_limit", type=utils.positive_int, default=8192, help="largest n of losses that build n x n matrices")
+    add("--quadratic_limit", type=utils.positive_int, default=8192,
+        help="largest n of losses that build n x n matrices")
     add("--dim", type=utils.positive_int, default=128, help="width D of an embedding")
     add("--runs", type=utils.positive_int, default=7, help="timed runs of each loss, after two that warm up")
-    add("--output", type=Path, default=RESULTS / "objective.csv", help="table")
+    add("--output", type=Path, default=measure.RESULTS / "objective.csv", help="table")
     args = parser.parse_args(argv)
-    print(f"{machine()}; D = {args.dim}, float32, medians of {args.runs}", flush=True)
+    print(f"{measure.machine()}; D = {args.dim}, float32, medians of {args.runs}", flush=True)
     rows = []
     for n in args.images:
         names = [name for name in args.losses if n <= args.quadratic_limit or name not in QUADRATIC]
-        times = median_wall(alternate({name: make_step(name, n, args.dim) for name in names}, args.runs, warmup=2))
-        for name, seconds in times.items():
-            memory = extra_memory(make_warm_step, name, n, args.dim)
+        steps = {name: make_step(name, n, args.dim) for name in names}
+        for name, seconds in measure.median_wall(measure.alternate(steps, args.runs, warmup=2)).items():
+            memory = measure.extra_memory(make_step, name, n, args.dim)
             rows.append({"loss": name, "images": n, "seconds": seconds, "megabytes": memory})
-            print(f"n = {n:5}  {name:14} {1e3 * seconds:9.2f} ms {memory:7.0f} MB   {seconds / times[names[0]]:6.1f} times "
-                  f"{names[0]}", flush=True)
-        write_table(args.output, rows)
+            print(f"n = {n:5}  {name:14} {1e3 * seconds:9.2f} ms {memory:7.0f} MB", flush=True)
+        measure.write_table(args.output, rows)
 
 
 if __name__ == "__main__":

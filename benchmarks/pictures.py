@@ -1,6 +1,6 @@
 """Draws the tables of study.py, bias.py and objective.py: a picture for each that is there.
 
-    python benchmarks/pictures.py cifar/results/studies       # reads the CSVs in the folder, writes PNGs beside them
+    python benchmarks/pictures.py cifar/results/studies     # reads the CSVs there, writes PNGs beside them
     python benchmarks/pictures.py DIR --format svg
 """
 import itertools
@@ -21,11 +21,12 @@ from benchmarks.measure import read_table  # noqa: E402
 TRAJECTORIES = ("base", "weights_lr 1e-2", "all held", "closed form")   # runs of the ablation
 LOWEST = 1e-3       # of the logarithmic axis of biases, on which an estimate of 0 has no place
 FIT_FROM = 2048     # images from which on the exponent of the objective's time is fitted
-KNN, LINEAR = "test_acc@1", "linear"
+ACCURACIES = {"test_acc@1": "k-NN", "linear": "linear probe"}
 
 # colour, marker, dashes: any one of them tells two lines apart, so that the pictures read in black and white
 STYLES = (("black", "o", "-"), ("tab:red", "s", "--"), ("tab:blue", "^", "-."), ("tab:green", "D", ":"),
-          ("tab:purple", "v", (0, (5, 1))), ("tab:brown", "x", (0, (3, 1, 1, 1))), ("tab:gray", "P", (0, (1, 1))))
+          ("tab:purple", "v", (0, (5, 1))), ("tab:brown", "x", (0, (3, 1, 1, 1))),
+          ("tab:gray", "P", (0, (1, 1))))
 
 
 def read(path: Path) -> list[dict]:
@@ -39,19 +40,22 @@ def read(path: Path) -> list[dict]:
 
 
 def grouped(rows, key) -> dict:
-    """row[key], or key(row) -> rows, in the order in which they come first."""
+    """key(row), or row[key] -> rows, in the order in which they come first."""
     groups = {}
     for row in rows:
         groups.setdefault(key(row) if callable(key) else row[key], []).append(row)
     return groups
 
 
+def styled(groups: dict):
+    """(style, name, rows) of every group; styles come again after the last."""
+    return ((style, *group) for style, group in zip(itertools.cycle(STYLES), groups.items()))
+
+
 def last_rows(rows) -> list[dict]:
     """The last epoch of every run."""
     return [row for row in rows if row["linear"] is not None]
 
-
-# ----------------------------------------------------------------------------------------------------------- parts
 
 def panels(count: int, width: float, height: float = 4.2, lines: int = 1):
     """A figure and its axes [lines][count]."""
@@ -60,7 +64,7 @@ def panels(count: int, width: float, height: float = 4.2, lines: int = 1):
 
 
 def draw_line(axis, style, label, x, y, low=None, high=None):
-    """A line, shaded from `low` to `high` where they are given."""
+    """A line, with a band from `low` to `high` where they are given."""
     colour, marker, dashes = style
     axis.plot(x, y, color=colour, marker=marker, linestyle=dashes, markersize=4, label=label)
     if low:
@@ -68,43 +72,40 @@ def draw_line(axis, style, label, x, y, low=None, high=None):
 
 
 def draw_over_seeds(axis, style, label, rows, x, y):
-    """The mean of row[y] over the rows of equal row[x], shaded from the lowest to the highest."""
+    """The mean of row[y] over the rows of equal row[x], with a band from the lowest to the highest."""
     values = {at: [row[y] for row in seeds] for at, seeds in sorted(grouped(rows, x).items())}
-    mean_low_high = ([summary(seeds) for seeds in values.values()] for summary in (mean, min, max))
-    draw_line(axis, style, label, list(values), *mean_low_high)
+    bounds = ([summary(seeds) for seeds in values.values()] for summary in (mean, min, max))
+    draw_line(axis, style, label, list(values), *bounds)
 
 
-def draw_accuracies(axis, rows):
-    """k-NN and linear accuracy of runs, one per line, downwards."""
-    for field, label, marker, fill in ((KNN, "k-NN", "o", "full"), (LINEAR, "linear", "s", "none")):
-        axis.plot([row[field] for row in rows], range(len(rows)), marker, color="black", fillstyle=fill, label=label)
+def draw_dots(axis, rows):
+    """Accuracies of runs, one per line, downwards."""
+    for (field, label), marker, fill in zip(ACCURACIES.items(), "os", ("full", "none")):
+        x = [row[field] for row in rows]
+        axis.plot(x, range(len(rows)), marker, color="black", fillstyle=fill, label=label)
     axis.set_yticks(range(len(rows)), [row["run"] for row in rows], fontsize=8)
     axis.invert_yaxis()
-    label_axis(axis, "accuracy, top-1 (%)")
+    axis.set(xlabel="accuracy, top-1 (%)")
     axis.legend(fontsize=8)
 
 
-def label_axis(axis, x, y=None, ticks=None):
-    """Axis titles; with `ticks` a logarithmic x-axis."""
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
-    if ticks:
-        ticks = sorted({int(tick) for tick in ticks})
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(ticks, ticks, fontsize=8)
+def set_log_axis(axis, ticks):
+    ticks = sorted({int(tick) for tick in ticks})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, ticks, fontsize=8)
 
 
-# -------------------------------------------------------------------------------------------------------- pictures
+# -------------------------------------------------------------------------------------------------- pictures
 
 def draw_batch_size(rows):
     """Final accuracies against the batch size, by method: the run "AUC-CL b64 s0" is one of "AUC-CL"."""
     figure, [axes] = panels(2, 5.5)
-    final = last_rows(rows)
-    methods = grouped(final, lambda row: re.sub(r" b\d+ s\d+$", "", row["run"]))
-    for axis, field, title in zip(axes, (KNN, LINEAR), ("k-NN", "linear probe")):
-        for style, (name, runs) in zip(itertools.cycle(STYLES), methods.items()):
+    methods = grouped(last_rows(rows), lambda row: re.sub(r" b\d+ s\d+$", "", row["run"]))
+    for axis, (field, title) in zip(axes, ACCURACIES.items()):
+        for style, name, runs in styled(methods):
             draw_over_seeds(axis, style, name, runs, "batch_size", field)
-        label_axis(axis, "batch size (images)", f"{title} accuracy, top-1 (%)", [row["batch_size"] for row in final])
+        axis.set(xlabel="batch size (images)", ylabel=f"{title} accuracy, top-1 (%)")
+        set_log_axis(axis, [row["batch_size"] for row in rows])
     axes[0].legend(fontsize=8)
     return figure
 
@@ -112,12 +113,12 @@ def draw_batch_size(rows):
 def draw_convergence(rows):
     """k-NN accuracy by epoch and by second of training and evaluation."""
     figure, [axes] = panels(2, 5.5)
-    for style, (name, records) in zip(itertools.cycle(STYLES), grouped(rows, "run").items()):
-        accuracy = [row[KNN] for row in records]
+    for style, name, records in styled(grouped(rows, "run")):
+        accuracy = [row["test_acc@1"] for row in records]
         draw_line(axes[0], style, name, [row["epoch"] + 1 for row in records], accuracy)
         draw_line(axes[1], style, name, [row["seconds"] or 0 for row in records], accuracy)
-    label_axis(axes[0], "epoch", "k-NN accuracy, top-1 (%)")
-    label_axis(axes[1], "time of training and evaluation (s)")
+    axes[0].set(xlabel="epoch", ylabel="k-NN accuracy, top-1 (%)")
+    axes[1].set(xlabel="time of training and evaluation (s)")
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(fontsize=8)
     return figure
@@ -125,55 +126,53 @@ def draw_convergence(rows):
 
 def draw_all_images(rows):
     """Final accuracies of every setting, the best at the top."""
-    final = sorted(last_rows(rows), key=lambda row: -row[KNN] - row[LINEAR])
+    final = sorted(last_rows(rows), key=lambda row: -row["test_acc@1"] - row["linear"])
     figure, [[axis]] = panels(1, 8, 1.2 + 0.28 * len(final))
-    draw_accuracies(axis, final)
+    draw_dots(axis, final)
     return figure
 
 
 def draw_ablation(rows):
-    """Final accuracies: which weights are learned; nu with kappa = 1 and kappa = nu; the projector's width."""
+    """Final accuracies: which weights are learned; nu, with kappa = 1 and kappa = nu; the projector."""
     final = {row["run"]: row for row in last_rows(rows)}
-    figure, [[variants, nus, widths]] = panels(3, 4.7)
-    draw_accuracies(variants, [row for name, row in final.items() if not name.startswith(("nu ", "projector "))])
+    figure, [axes] = panels(3, 4.7)
+    draw_dots(axes[0], [row for name, row in final.items() if not re.match("nu|projector", name)])
     for style, kappa in zip(STYLES, ("1", "nu")):
-        points = {name.split(",")[0][3:]: row[KNN] for name, row in final.items()
-                  if name.startswith("nu ") and name.endswith(f"kappa {kappa}")}
-        points |= {"16": final["base"][KNN]} if kappa == "1" else {}
-        order = sorted(points, key=lambda nu: math.inf if nu == "sum" else float(nu))
-        draw_line(nus, style, f"kappa = {kappa}", order, [points[nu] for nu in order])
+        points = {"16": final["base"]} if kappa == "1" else {}
+        points |= {name.split(",")[0][3:]: row for name, row in final.items()
+                   if re.fullmatch(f"nu .*, kappa {kappa}", name)}
+        nus = sorted(points, key=lambda nu: math.inf if nu == "sum" else float(nu))
+        draw_line(axes[1], style, f"kappa = {kappa}", nus, [points[nu]["test_acc@1"] for nu in nus])
     width = {int(row["projector"].split()[0]): row for name, row in final.items()
-             if name.startswith(("projector ", "base"))}
-    for style, field, label in zip(STYLES, (KNN, LINEAR), ("k-NN", "linear")):
-        draw_line(widths, style, label, sorted(width), [width[hidden][field] for hidden in sorted(width)])
-    label_axis(nus, "nu, weight of the negatives' spread", "k-NN accuracy, top-1 (%)")
-    label_axis(widths, "hidden width of the projector (output: half of it)", "accuracy, top-1 (%)", width)
-    nus.legend(fontsize=8), widths.legend(fontsize=8)
+             if re.match("projector|base", name)}
+    for style, (field, label) in zip(STYLES, ACCURACIES.items()):
+        draw_line(axes[2], style, label, sorted(width), [width[hidden][field] for hidden in sorted(width)])
+    axes[1].set(xlabel="nu, weight of the negatives' spread", ylabel="k-NN accuracy, top-1 (%)")
+    axes[2].set(xlabel="hidden width of the projector (output: half of it)", ylabel="accuracy, top-1 (%)")
+    set_log_axis(axes[2], width)
+    axes[1].legend(fontsize=8), axes[2].legend(fontsize=8)
     return figure
 
 
 def draw_trajectories(rows):
-    """a, b and alpha with the mean scores that they follow, and the AUC of test pairs, for the ways of setting them."""
+    """a, b, alpha with the mean scores that they follow, and the AUC of test pairs, of TRAJECTORIES."""
     runs = {name: records for name, records in grouped(rows, "run").items() if name in TRAJECTORIES}
     figure, [[*axes, last]] = panels(len(runs) + 1, 3.2, 3.9)
-    for axis, style, (name, records) in zip(axes, STYLES, runs.items()):
+    for axis, (style, name, records) in zip(axes, styled(runs)):
         epochs = [row["epoch"] + 1 for row in records]
         for of_field, field in zip(STYLES, ("a", "positive", "b", "negative", "alpha")):
             draw_line(axis, of_field, field, epochs, [row[field] for row in records])
         draw_line(last, style, name, epochs, [row["test_auc"] for row in records])
-        axis.set_title(name, fontsize=10)
-        axis.set_ylim(-0.05, 1.05)
-        label_axis(axis, "epoch")
-    axes[0].set_ylabel("a, b, alpha; mean positive\nand negative score")
-    last.set_title("AUC of test pairs", fontsize=10)
-    label_axis(last, "epoch")
+        axis.set(title=name, ylim=(-0.05, 1.05), xlabel="epoch")
+    axes[0].set(ylabel="a, b, alpha; mean positive\nand negative score")
+    last.set(title="AUC of test pairs", xlabel="epoch")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     last.legend(fontsize=7)
     return figure
 
 
 def draw_bias(rows):
-    """Bias, tangent and deviation of minibatch gradients against the batch size; a row of axes per network."""
+    """Bias, tangent and deviation of minibatch gradients by batch size; a row of axes per network."""
     titles = {"bias": "bias: |E g - G| / |G|", "tangent": "tangent of the angle between E g and G",
               "deviation": "standard deviation of g / |G|"}
     networks, styles = grouped(rows, "network"), dict(zip(grouped(rows, "loss"), itertools.cycle(STYLES)))
@@ -184,38 +183,41 @@ def draw_bias(rows):
                 points = sorted(points, key=lambda row: row["batch_size"])
                 values = ([max(row[field + end], LOWEST) for row in points] for end in ("", "_low", "_high"))
                 draw_line(axis, styles[name], name, [row["batch_size"] for row in points], *values)
-            label_axis(axis, "batch size (images)", title, [row["batch_size"] for row in rows])
-            axis.set_yscale("log")
-            axis.set_title(f"network trained by {network}", fontsize=10)
+            axis.set(title=f"network trained by {network}", ylabel=title, yscale="log",
+                     xlabel="batch size (images)")
+            set_log_axis(axis, [row["batch_size"] for row in rows])
     most = max(grid[:, 0], key=lambda axis: len(axis.lines))
-    figure.legend(*most.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, title_fontsize=8,
-                  title=f"g: minibatch gradient, G: the population's; shaded: 95 % interval; below {LOWEST:g} drawn there")
+    figure.legend(*most.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8,
+                  title="g: minibatch gradient, G: the population's; shaded: 95 % interval; "
+                        f"what is below {LOWEST:g} is drawn there")
     return figure
 
 
 def draw_objective(rows):
     """Time and extra memory of forward and backward pass against the number of images."""
     figure, [axes] = panels(2, 5.5)
-    for style, (name, points) in zip(itertools.cycle(STYLES), grouped(rows, "loss").items()):
+    for style, name, points in styled(grouped(rows, "loss")):
         images = [row["images"] for row in points]
         label = f"{name}: n^{exponent:.2f}" if (exponent := growth(points)) else name
         draw_line(axes[0], style, label, images, [1e3 * row["seconds"] for row in points])
         draw_line(axes[1], style, name, images, [max(row["megabytes"], 0.5) for row in points])
     for axis, title in zip(axes, ("time (ms)", "extra memory (MB)")):
-        label_axis(axis, "images n", title, [row["images"] for row in rows])
-        axis.set_yscale("log")
-    axes[0].legend(fontsize=8, title=f"growth of the time from n = {FIT_FROM}", title_fontsize=8)
+        axis.set(xlabel="images n", ylabel=title, yscale="log")
+        set_log_axis(axis, [row["images"] for row in rows])
+    axes[0].legend(fontsize=8, title=f"growth of the time from n = {FIT_FROM}")
     return figure
 
 
 def growth(points) -> float | None:
     """p of the seconds = c images^p that fits best from FIT_FROM on, by least squares of logarithms."""
-    tail = [(math.log(row["images"]), math.log(row["seconds"])) for row in points if row["images"] >= FIT_FROM]
-    return linear_regression(*zip(*tail)).slope if len(tail) > 1 else None
+    large = [row for row in points if row["images"] >= FIT_FROM]
+    images, seconds = ([math.log(row[field]) for row in large] for field in ("images", "seconds"))
+    return linear_regression(images, seconds).slope if len(large) > 1 else None
 
 
 PICTURES = {"batch_size": draw_batch_size, "convergence": draw_convergence, "all_images": draw_all_images,
-            "ablation": draw_ablation, "trajectories": draw_trajectories, "bias": draw_bias, "objective": draw_objective}
+            "ablation": draw_ablation, "trajectories": draw_trajectories, "bias": draw_bias,
+            "objective": draw_objective}
 TABLES = {"trajectories": "ablation"}  # picture -> its table, where it is called otherwise
 
 
@@ -224,13 +226,16 @@ def main(argv=None):
     parser.add_argument("folder", type=Path, help="folder of the tables")
     parser.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="file format")
     args = parser.parse_args(argv)
-    for name, draw in PICTURES.items():
-        if rows := read(args.folder / f"{TABLES.get(name, name)}.csv"):
-            figure = draw(rows)
+    tables = {name: read(args.folder / f"{TABLES.get(name, name)}.csv") for name in PICTURES}
+    if not any(tables.values()):
+        raise utils.UserError(f"no table in {args.folder}, such as batch_size.csv; run study.py first")
+    for name, rows in tables.items():
+        if rows:
+            figure, path = PICTURES[name](rows), args.folder / f"{name}.{args.format}"
             for axis in figure.axes:
                 axis.grid(alpha=0.3)
-            figure.savefig(args.folder / f"{name}.{args.format}", dpi=150)
-            print(args.folder / f"{name}.{args.format}")
+            figure.savefig(path, dpi=150)
+            print(path)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
-"""The runs of study.py as data. STUDIES at the end holds the lists; results/studies has the tables that came from them.
-
-A run is Config(name, flags of cifar/main.py, loss, arguments of the loss), the loss a name that losses.py knows.
-"""
+"""The runs of study.py as data: STUDIES, at the end. The tables in results/studies came from them."""
 from typing import NamedTuple
 
 
 class Config(NamedTuple):
-    name: str       # in the table and of the run's folder
-    flags: dict
-    loss: str = "AUCCLLoss"
-    options: dict = {}
+    name: str                   # in the table and of the run's folder
+    flags: dict                 # of cifar/main.py
+    loss: str = "AUCCLLoss"     # a name that losses.py knows
+    options: dict = {}          # arguments of that loss
 
 
 class Study(NamedTuple):
@@ -43,29 +40,30 @@ def at_batch_size(flags: dict, size: int) -> dict:
 
 
 def tuning() -> list[Config]:
-    """Trials of each method at batch 256: four learning rates at its usual setting, then single changes of what its
-    papers vary and of the projector, then for some their winners together."""
+    """Trials of each method at batch 256: four learning rates at its usual setting, single changes of what
+    its papers vary and of the projector, then for some their winners together."""
     t1, t2, t5 = ({"temperature": t} for t in (0.1, 0.2, 0.5))
-    b1, b2 = {"lambda_param": 0.005}, {"lambda_param": 0.02}
-    softmax = [(t1, WIDE, 2e-3), (t5, WIDE, 2e-3), (t2, NARROW, 2e-3), (t1, WIDE, 8e-3), (t1, HALF, 8e-3)]
+    usual, strong = {"lambda_param": 0.005}, {"lambda_param": 0.02}
+    softmax = [(t1, WIDE, 2e-3), (t5, WIDE, 2e-3), (t2, NARROW, 2e-3), (t1, WIDE, 8e-3),
+               (t1, HALF, 8e-3)]
     trials = {  # loss -> usual options, further trials
         "AUCCLLoss": ({}, [({}, NARROW, 2e-3), ({}, DEEP, 2e-3), ({}, HALF, 8e-3)]),
         "NTXentLoss": (t2, softmax),
         "DCLLoss": (t2, softmax),
-        "BarlowTwinsLoss": (b1, [(b2, WIDE, 2e-3), (b1, NARROW, 2e-3), (b1, DEEP, 2e-3)]),
+        "BarlowTwinsLoss": (usual, [(strong, WIDE, 2e-3), (usual, NARROW, 2e-3), (usual, DEEP, 2e-3)]),
         "VICRegLoss": ({}, [({"nu_param": 4.0}, WIDE, 2e-3), ({}, NARROW, 2e-3), ({}, DEEP, 2e-3)]),
     }
     configs = []
     for loss, (usual, further) in trials.items():
         for options, projector, lr in [(usual, WIDE, lr) for lr in (1e-3, 2e-3, 4e-3, 8e-3)] + further:
-            parts = [loss, *(f"{name}{value:g}" for name, value in options.items()), projector.replace(" ", "-")]
-            flags = {"projector": projector, "lr": lr}
-            configs.append(Config("_".join([*parts, f"lr{lr:g}"]), flags, loss, options))
+            parts = [loss, *(f"{k}{v:g}" for k, v in options.items()), projector.replace(" ", "-"),
+                     f"lr{lr:g}"]
+            configs.append(Config("_".join(parts), {"projector": projector, "lr": lr}, loss, options))
     return configs
 
 
 def ablation() -> list[Config]:
-    """AUC-CL at batch 256, one change at a time: which weights are learned and how fast, score, nu, kappa, projector."""
+    """AUC-CL at batch 256, one change at a time."""
     fast = {"weights_lr": 1e-2}  # at 1e-3 the weights hardly move in so short a run
     changes = {
         "base": {}, "weights_lr 1e-2": fast,
@@ -76,8 +74,8 @@ def ablation() -> list[Config]:
         **{f"nu {nu}, kappa 1": {"negative_weight": nu} for nu in (1, 2, 4, 8, 32, 64, "sum")},
         **{f"nu {nu}, kappa nu": {"negative_weight": nu, "margin_negative_weight": nu}
            for nu in (2, 4, 8, 16, 32, "sum")},
-        **{f"projector {width}-{width // 2}": {"projector": f"{width} {width // 2}"}
-           for width in (64, 128, 256, 512, 1024)},
+        **{f"projector {hidden}-{hidden // 2}": {"projector": f"{hidden} {hidden // 2}"}
+           for hidden in (64, 128, 256, 512, 1024)},
     }
     base = AUC_CL | {"projector": WIDE}
     return [*(Config(name, base | change) for name, change in changes.items()),
@@ -85,8 +83,8 @@ def ablation() -> list[Config]:
 
 
 def batch_size() -> list[Config]:
-    """Every method at seven batch sizes for equal epochs. Under the square-root rule a, b and alpha travel further in
-    more steps, which changes the objective a little: so AUC-CL with all three held as well."""
+    """Every method at seven batch sizes for equal epochs. a, b and alpha travel further in more steps, which
+    changes the objective a little: so AUC-CL with all three held as well."""
     methods = METHODS | {"AUC-CL, a b alpha held": ("AUCCLLoss", {}, held(AUC_CL))}
     return [Config(f"{name} b{size} s{seed}", at_batch_size(flags, size) | {"seed": seed}, loss, options)
             for seed in (0, 1) for size in (256, 64, 512, 16, 1024, 128, 32)
@@ -94,18 +92,20 @@ def batch_size() -> list[Config]:
 
 
 def longer() -> list[Config]:
-    """Whether large batches lack steps in `batch_size`: AUC-CL and the best of its peers, four times as long."""
-    return [Config(f"{name} b{size}", at_batch_size(flags, size), loss, options)
-            for size in (512, 64, 256, 128)
-            for name, (loss, options, flags) in METHODS.items() if name in ("AUC-CL", "NT-Xent")]
+    """Whether it is steps that large batches lack in `batch_size`: four times the epochs."""
+    return [Config(f"{name} b{size}", at_batch_size(METHODS[name][2], size), *METHODS[name][:2])
+            for size in (512, 64, 256, 128) for name in ("AUC-CL", "NT-Xent")]
 
 
 def all_images() -> list[Config]:
-    """The three leading methods as tuned, and with changes that may matter once there are more images and steps."""
+    """The leading methods as tuned, and with changes that may matter once there are more images and steps."""
     wide, t2, t5 = {"projector": WIDE}, {"temperature": 0.2}, {"temperature": 0.5}
     changes = {  # run -> changed flags, changed options
-        "AUC-CL": ({}, {}), "AUC-CL, nu 8": ({"negative_weight": 8}, {}), "AUC-CL, nu 32": ({"negative_weight": 32}, {}),
-        "AUC-CL, 2048-1024": (wide, {}), "AUC-CL, 4096-2048": ({"projector": "4096 2048"}, {}),
+        "AUC-CL": ({}, {}),
+        "AUC-CL, nu 8": ({"negative_weight": 8}, {}),
+        "AUC-CL, nu 32": ({"negative_weight": 32}, {}),
+        "AUC-CL, 2048-1024": (wide, {}),
+        "AUC-CL, 4096-2048": ({"projector": "4096 2048"}, {}),
         "AUC-CL, 2048-1024, nu 32": (wide | {"negative_weight": 32}, {}),
         "AUC-CL, 2048-1024, weights_lr 4e-3": (wide | {"weights_lr": 4e-3}, {}),
         "AUC-CL, 2048-1024, weights_lr 1e-2": (wide | {"weights_lr": 1e-2}, {}),
@@ -122,7 +122,7 @@ def all_images() -> list[Config]:
 
 
 def convergence() -> list[Config]:
-    """Every method as tuned, on all images; AUC-CL also as it is best there, and the released preset's own recipe."""
+    """Every method as tuned; AUC-CL also as it is best on all images; the released preset's own recipe."""
     return [*(Config(name, flags, loss, options) for name, (loss, options, flags) in METHODS.items()),
             Config("AUC-CL, 2048-1024, weights_lr 4e-3", AUC_CL | {"projector": WIDE, "weights_lr": 4e-3}),
             Config("released-cifar", {"preset": "released-cifar", "warmup_epochs": 0})]
