@@ -1,4 +1,5 @@
-"""Runs a script in forked processes that a signal hits at the n-th call of a function: an instant chosen, not chance's."""
+"""Runs scripts in forked processes and signals one at the n-th call of a function: an instant chosen, not chance's."""
+import importlib
 import os
 import resource
 import signal
@@ -11,7 +12,6 @@ from types import SimpleNamespace
 
 import torch
 import utils
-from cifar import main as cifar_main
 
 POINTS = {"step": (torch.optim.AdamW, "step"),  # within an epoch
           "fsync": (os, "fsync"),               # a file is written aside, but not renamed yet
@@ -20,26 +20,27 @@ PATIENCE = 90                                   # seconds before a process that 
 
 
 def run(arguments: list[str], folder: Path, point: str | None = None, count: int = 0, name: str = "KILL",
-        script=cifar_main) -> SimpleNamespace:
-    """The script with `arguments`, as its users start it: returncode (negative for a signal), stdout, stderr; output via `folder`.
+        script=None) -> SimpleNamespace:
+    """`script.main(arguments)`, by default cifar/main.py's, as its users start it: returncode (negative for a signal),
+    stdout and stderr, which are also files of `folder`.
 
-    point: a key of POINTS, at whose `count`-th call SIG`name` goes to the process and its loader's workers, as from a terminal or
-    a launcher; or "disk": no file can grow beyond `count` bytes.
+    point: a key of POINTS, at whose `count`-th call SIG`name` goes to the process and its loader's workers, as from a
+    terminal or launcher; or "disk": no file can grow beyond `count` bytes.
     """
+    script = script or importlib.import_module("cifar.main")
     return _wait(_start(arguments, folder, point, count, name, script, {}))
 
 
-def run_ranks(arguments: list[str], folder: Path, script, world: int = 2, victim: int = 0, point: str | None = None, count: int = 0,
-              name: str = "KILL", variables=("RANK", "WORLD_SIZE", "LOCAL_RANK")) -> list[SimpleNamespace]:
-    """The script in `world` processes that meet as a launcher's do, by the environment `variables` for rank, number of ranks and
-    rank on this host; `point` concerns rank `victim`. `arguments` may be a function of the rank."""
+def run_ranks(arguments, folder: Path, script, world: int = 2, victim: int = 0, point: str | None = None,
+              count: int = 0, name: str = "KILL", variables=("RANK", "WORLD_SIZE", "LOCAL_RANK")) -> list:
+    """The script in `world` processes that meet as a launcher's do, by the environment `variables` for rank, number of
+    ranks and rank on this host; `point` concerns rank `victim`. `arguments` may be a function of the rank."""
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     started = []
     for rank in range(world):
-        place = folder / str(rank)
-        place.mkdir(exist_ok=True)
-        values = dict(zip(variables, (str(rank), str(world), str(rank))))
+        (place := folder / str(rank)).mkdir(exist_ok=True)
         given = arguments(rank) if callable(arguments) else arguments
+        values = dict(zip(variables, (str(rank), str(world), str(rank))))
         started.append(_start(given, place, point if rank == victim else None, count, name, script, meeting | values))
     return [_wait(process) for process in started]
 

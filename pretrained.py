@@ -1,0 +1,254 @@
+"""A file of weights -> a frozen backbone and how to feed it; the features of a data set.
+
+    backbone, description = load_backbone("checkpoint.pth")                   # [B, 3, H, W] -> [B, F]
+    transform = data.eval_transform(description.image_size, description.mean, description.std)
+    train, test = data.build_splits("folder", root, transform)
+    features, labels = extract_features(backbone.to(device), train, device)
+"""
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+
+import data
+import distributed
+import utils
+from augmentations import IMAGENET_MEAN, IMAGENET_STD
+from utils import UserError
+from vision_transformer import CIFAR_ARCHS, VIT_ARCHS, build_backbone
+
+DINO_NAMES = {"deit_tiny": "vit_tiny", "deit_small": "vit_small"}  # in DINO's older files
+CHECKPOINT = Path("checkpoint.pth")                                # where main.py writes by default
+NAMED_KEYS = 5                                                     # keys of weights that an error lists
+
+
+class Description(NamedTuple):
+    """How to build and feed a backbone. patch_size: of a ViT, else None. mean, std: of the three channels.
+    checkpoint_key: the network of a checkpoint; None for weights alone and random ones."""
+
+    arch: str
+    patch_size: int | None
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    checkpoint_key: str | None = None
+
+
+def load_backbone(path, checkpoint_key=None, arch=None, patch_size=None, image_size=None,
+                  random_weights=False):
+    """A frozen backbone in evaluation mode, images [B, 3, H, W] -> features [B, F], and its Description.
+
+    path: a checkpoint of main.py, cifar/main.py or DINO, or weights alone as DINO, timm and torchvision
+        publish them (.safetensors or .pth). No code of the file is run. None with `random_weights`.
+    checkpoint_key: the network of a checkpoint; by default the teacher, or the only one there.
+    arch, patch_size, image_size: what the file does not tell; by default patches of 16 pixels, and images of
+        224 or, for timm's models, of the size that they were trained on.
+
+    Weights must fit name by name; only a classifier is left out, with a note. UserError for a file that
+    cannot be read, a wrong key, weights that do not fit, and arguments that contradict the file.
+    """
+    if random_weights == (path is not None):
+        raise UserError("give either --pretrained_weights or --random_weights")
+    weights, known = _read_weights(Path(path), checkpoint_key) if path is not None else ({}, {})
+    given = {"arch": DINO_NAMES.get(arch, arch), "patch_size": patch_size, "image_size": image_size}
+    given = {name: value for name, value in given.items() if value is not None}
+    arch = known.get("arch", given.get("arch"))
+    if arch is None:
+        raise UserError(f"{path or '--random_weights'} does not tell the architecture; name it with --arch")
+    if arch in VIT_ARCHS and {"patch_embed.proj.weight", "pos_embed"} <= weights.keys():
+        patch = weights["patch_embed.proj.weight"].shape[-1]
+        side = math.isqrt(weights["pos_embed"].shape[1] - 1)  # patches
+        known = {"patch_size": patch, "image_size": patch * side, **known}
+    for name, value in given.items():
+        if known.get(name, value) != value:
+            raise UserError(f"--{name} {value} contradicts {path}, whose {name} is {known[name]}; leave "
+                            f"--{name} out")
+    if "patch_size" in given and arch not in VIT_ARCHS:
+        raise UserError(f"--patch_size has no meaning for {arch}; leave it out")
+
+    usual = _usual_input(arch)
+    description = Description(**{**usual, **given, **known})
+    built_size = description.image_size
+    if arch.startswith("timm/"):  # its position embeddings are those of the file, or of timm's training
+        built_size = known.get("image_size", usual["image_size"])
+    try:
+        backbone = build_backbone(arch, description.patch_size or 16, built_size)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if weights:
+        _load_strictly(backbone, weights, path)
+    backbone.eval().requires_grad_(False)
+    if description.image_size != built_size:
+        try:
+            backbone(torch.zeros(1, 3, description.image_size, description.image_size))
+        except (AssertionError, RuntimeError) as error:
+            raise UserError(f"{arch} takes images of {built_size} pixels, not {description.image_size}; "
+                            "leave --image_size out") from error
+    return backbone, description
+
+
+def export_backbone(backbone, description: Description, path: Path) -> None:
+    """Writes the backbone's weights as .safetensors, whose metadata is the description, in JSON."""
+    from safetensors.torch import save
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    content = save(tensors, {name: json.dumps(value) for name, value in description._asdict().items()})
+    utils.replace_file(path, lambda file: file.write(content), "wb")
+
+
+def _read_safetensors(path):
+    """The weights, and the description if `export_backbone` wrote the file."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            known = {name: json.loads(metadata[name]) for name in Description._fields if "mean" in metadata}
+            return {key: file.get_tensor(key) for key in file.keys()}, known
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"cannot read weights {path}: {utils.reason(error)}; restore a copy") from error
+
+
+def _read_checkpoint(path, checkpoint_key):
+    """The whole file, and the fields of Description that it tells, in our words or by DINO's flags."""
+    # A Namespace only takes attributes: to build one, as DINO's files do for their flags, runs no code.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        state = utils.load_checkpoint(
+            path, "if you trust its source, save the weights alone: torch.save(torch.load(PATH, "
+                  f"weights_only=False)[{checkpoint_key or 'teacher'!r}], 'weights.pth')")
+    known, flags = state.get("backbone"), state.get("args")
+    if isinstance(known, dict) and "arch" in known:
+        return state, {name: known[name] for name in Description._fields if name in known}
+    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
+    arch = flags.get("arch") if isinstance(flags, dict) else None
+    return state, {"arch": DINO_NAMES.get(arch, arch)} if isinstance(arch, str) else {}
+
+
+def _read_weights(path, checkpoint_key):
+    """The weights of a file with the backbone's keys, and the fields of Description that the file tells."""
+    if path.suffix == ".safetensors":
+        state, known = _read_safetensors(path)
+    else:
+        state, known = _read_checkpoint(path, checkpoint_key)
+    known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+
+    networks = {key: value for key, value in state.items() if "loss" not in key and _is_state_dict(value)}
+    if _is_state_dict(state):
+        if checkpoint_key:
+            raise UserError(f"{path} holds one network and no key {checkpoint_key!r}; leave --checkpoint_key "
+                            "out")
+        weights = state
+    elif networks:
+        key = checkpoint_key or ("teacher" if len(networks) > 1 else next(iter(networks)))
+        if key not in networks:
+            there = " or ".join(f"--checkpoint_key {key}" for key in networks)
+            raise UserError(f"{path} has no network {key!r}; choose {there}")
+        weights, known = networks[key], {**known, "checkpoint_key": key}
+    else:
+        raise UserError(f"{path} holds no network's weights, only {', '.join(map(str, state)) or 'nothing'}")
+    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    if any(key.startswith("backbone.") for key in weights):  # beside it, the projection head
+        weights = {key.removeprefix("backbone."): value for key, value in weights.items()
+                   if not key.startswith("head.")}
+    return weights, known
+
+
+def _is_state_dict(value):
+    return isinstance(value, dict) and value and all(isinstance(w, torch.Tensor) for w in value.values())
+
+
+def _usual_input(arch):
+    """How a backbone is built and fed where nothing else tells."""
+    usual = {"patch_size": 16 if arch in VIT_ARCHS else None,
+             "image_size": 32 if arch in CIFAR_ARCHS else 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    if arch.startswith("timm/") and (trained := timm.get_pretrained_cfg(arch.removeprefix("timm/"))):
+        usual.update(image_size=trained.input_size[-1], mean=trained.mean, std=trained.std)
+    return usual
+
+
+def _load_strictly(backbone, weights, path):
+    """Copies the weights. UserError if names or shapes differ; a classifier is left out, with a note."""
+    own = backbone.state_dict()
+    layers = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
+    layers = tuple(f"{x}." for x in ("head", "fc", *([layers] if isinstance(layers, str) else layers)))
+    unknown = [key for key in weights if key not in own]
+    left_out = [key for key in unknown if key.startswith(layers)]
+    differing = {
+        "missing": [key for key in own if key not in weights and not key.endswith("num_batches_tracked")],
+        "unexpected": [key for key in unknown if key not in left_out],
+        "of other shapes": [f"{key} {list(weights[key].shape)}, not {list(own[key].shape)}" for key in own
+                            if key in weights and weights[key].shape != own[key].shape]}
+    if any(differing.values()):
+        text = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:NAMED_KEYS])}"
+                         f"{', ...' if len(keys) > NAMED_KEYS else ''}"
+                         for kind, keys in differing.items() if keys)
+        raise UserError(f"the weights in {path} do not fit the backbone, {text}. Check --arch and "
+                        "--checkpoint_key")
+    if left_out and distributed.rank() == 0:
+        print(f"note: the classifier in {path} is not used: {', '.join(left_out)}", flush=True)
+    backbone.load_state_dict(weights, strict=False)
+
+
+@torch.inference_mode()
+def extract_features(network, dataset, device, batch_size=128, num_workers=0, amp_dtype=None,
+                     title="features", gather=True, keep_on=None):
+    """Features [N, F] in float32 and labels [N] of all images in order, on every rank.
+
+    network: images [B, 3, S, S] on `device` -> [B, F], in evaluation mode; every image is computed once.
+    dataset: of `data.build_dataset`. keep_on: the device of the results, `device` by default.
+    gather: False leaves each rank the features of its images rank, rank + W, ...; the labels are all.
+
+    UserError for an empty data set, images that cannot be decoded, and features that are not finite.
+    """
+    if len(dataset) == 0:
+        raise UserError("there are no images to compute features of; check --data_path")
+    own = distributed.share(range(len(dataset)))
+    images = torch.utils.data.Subset(dataset, own or range(1))  # the width of the features, if there are none
+    loader = torch.utils.data.DataLoader(images, batch_size, num_workers=num_workers,
+                                         pin_memory=device.type == "cuda", worker_init_fn=utils.leave_group)
+    features, labels = [], []
+    for batch, targets in utils.progress(loader, 0, len(loader), title):
+        with utils.autocast(device, amp_dtype):
+            rows = network(batch.to(device, non_blocking=True))
+        features.append(rows.float().to(keep_on or device))
+        labels.append(targets.clone().to(keep_on or device))  # a worker's tensor would keep a file open
+    if not all(rows.isfinite().all() for rows in features):
+        raise UserError("the backbone's features are not finite; its training may have diverged, or --amp "
+                        "none may help")
+    features, labels = torch.cat(features)[:len(own)], torch.cat(labels)[:len(own)]
+    if gather:
+        features = distributed.gather_rows(features, len(dataset))
+    return features, distributed.gather_rows(labels, len(dataset))
+
+
+def load_from_flags(args):
+    """`load_backbone` by the flags of `utils.add_evaluation_flags`; fills in paths that were not given."""
+    if args.data_path is None and args.dataset in data.DATASETS and args.dataset != "folder":
+        args.data_path = Path(__file__).resolve().parent / "cifar" / "datasets"
+    if args.pretrained_weights is None and not args.random_weights:
+        if not CHECKPOINT.exists():
+            raise UserError(f"--pretrained_weights is missing, and there is no {CHECKPOINT.resolve()}; name "
+                            "a file of weights, or ask for --random_weights")
+        args.pretrained_weights = CHECKPOINT
+        if distributed.rank() == 0:
+            print(f"note: no --pretrained_weights; taking {CHECKPOINT.resolve()}", flush=True)
+    torch.manual_seed(args.seed)
+    return load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size,
+                         args.image_size, args.random_weights)
+
+
+def describe_run(args, description: Description) -> dict:
+    """The fields of a result's record that name the network and the data."""
+    return {"weights": str(args.pretrained_weights or "random"), **description._asdict(),
+            "dataset": args.dataset, "data_path": args.data_path and str(args.data_path)}
+
+
+def write_record(record: dict, path: Path | None = None) -> None:
+    """Prints a record, and appends it to `path` as a line of JSON; on the first rank alone."""
+    if distributed.rank() == 0:
+        print(utils.format_record(record), flush=True)
+        if path:
+            with open(path, "a") as file:
+                file.write(json.dumps(record) + "\n")

@@ -1,0 +1,219 @@
+"""Files of weights of every origin, what they tell of their backbone, and the features of a data set."""
+import argparse
+import os
+
+import pytest
+import timm
+import torch
+import torchvision
+from augmentations import IMAGENET_MEAN, IMAGENET_STD
+from conftest import run_ranks
+from pretrained import Description, export_backbone, extract_features, load_backbone
+from safetensors.torch import save_file
+from utils import UserError, load_checkpoint
+from vision_transformer import build_backbone
+
+
+def features(backbone, size):
+    with torch.no_grad():
+        return backbone(torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.fixture(scope="module")
+def vit():
+    torch.manual_seed(0)
+    return build_backbone("vit_tiny", 8, 48).eval()
+
+
+def dino_checkpoint(vit, path, **extra):
+    """The layout of DINO's published training checkpoints."""
+    weights = {f"backbone.{key}": value for key, value in vit.state_dict().items()}
+    weights["head.mlp.0.weight"] = torch.zeros(2, 2)
+    torch.save({"student": {f"module.{key}": value for key, value in weights.items()}, "teacher": weights,
+                "epoch": 100, "optimizer": {"state": {}, "param_groups": []},
+                "dino_loss": {"center": torch.zeros(1, 3)},
+                "args": argparse.Namespace(arch="deit_tiny", patch_size=8, lr=0.1)} | extra, path)
+    return path
+
+
+def test_dino_format(vit, tmp_path, capsys):
+    path = dino_checkpoint(vit, tmp_path / "dino.pth")
+    for key, loaded in ((None, "teacher"), ("student", "student")):
+        backbone, description = load_backbone(path, key)
+        assert description == ("vit_tiny", 8, 48, IMAGENET_MEAN, IMAGENET_STD, loaded)
+        assert torch.equal(features(backbone, 48), features(vit, 48))
+        assert not backbone.training and not any(p.requires_grad for p in backbone.parameters())
+    torch.save(vit.state_dict(), tmp_path / "backbone.pth")            # DINO's releases of the backbone alone
+    backbone, description = load_backbone(tmp_path / "backbone.pth", arch="deit_tiny", patch_size=8)
+    assert description == ("vit_tiny", 8, 48, IMAGENET_MEAN, IMAGENET_STD, None)
+    assert torch.equal(features(backbone, 48), features(vit, 48))
+    assert capsys.readouterr().out == ""                               # the projection head is no classifier
+    with pytest.raises(UserError):                                     # the Namespace is allowed here alone
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("arch, classifier, size, suffix", [
+    ("resnet18", "fc", 224, ".safetensors"), ("timm/resnet10t", "fc", 176, ".pth"),
+    ("timm/mobilenetv3_small_050", "classifier", 224, ".safetensors")])
+def test_weights_of_torchvision_and_timm(arch, classifier, size, suffix, tmp_path, capsys):
+    torch.manual_seed(0)
+    name = arch.removeprefix("timm/")
+    net = (timm.create_model(name) if "/" in arch else torchvision.models.get_model(name)).eval()
+    (save_file if suffix == ".safetensors" else torch.save)(net.state_dict(), tmp_path / f"weights{suffix}")
+    backbone, description = load_backbone(tmp_path / f"weights{suffix}", arch=arch)
+    note = capsys.readouterr().out
+    assert note.startswith("note: the classifier")
+    assert f"{classifier}.weight" in note and f"{classifier}.bias" in note
+    setattr(net, classifier, torch.nn.Identity())
+    torch.testing.assert_close(features(backbone, 64), features(net, 64))
+    assert (description.image_size, description.patch_size) == (size, None)
+
+
+def test_timm_models_keep_their_normalisation_and_the_size_they_were_trained_on(tmp_path):
+    arch, path = "timm/vit_tiny_patch16_224", tmp_path / "weights.pth"
+    torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), path)
+    assert load_backbone(path, arch=arch)[1][2:5] == (224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    backbone, description = load_backbone(path, arch=arch, image_size=96)
+    assert description.image_size == 96 and features(backbone, 96).shape == (2, 192)
+    with pytest.raises(UserError, match="takes images of 224 pixels, not 100"):
+        load_backbone(path, arch=arch, image_size=100)
+    backbone, _ = load_backbone(None, arch="timm/vit_tiny_patch16_384", random_weights=True)
+    assert backbone.pos_embed.shape[1] == 1 + 24 * 24
+
+
+@pytest.mark.parametrize("arch, patch_size", [("vit_tiny", 8), ("cifar/tiny", None)])
+def test_an_exported_backbone_tells_how_to_feed_it(arch, patch_size, tmp_path):
+    description = Description(arch, patch_size, 48, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    backbone = build_backbone(arch, 8, 48)
+    export_backbone(backbone, description, tmp_path / "backbone.safetensors")
+    loaded, read = load_backbone(tmp_path / "backbone.safetensors")
+    assert read == description and torch.equal(features(loaded, 48), features(backbone.eval(), 48))
+    with pytest.raises(UserError, match="--arch resnet18 contradicts"):
+        load_backbone(tmp_path / "backbone.safetensors", arch="resnet18")
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("where", ["top", "inside the Namespace"])
+def test_a_malicious_file_is_refused_and_not_run(where, vit, tmp_path):
+    trap = Malicious(tmp_path / "hacked")
+    extra = {"epoch": trap} if where == "top" else {"args": argparse.Namespace(arch=trap)}
+    path = dino_checkpoint(vit, tmp_path / "bad.pth", **extra)
+    with pytest.raises(UserError, match="weights_only") as error:
+        load_backbone(path)
+    assert str(path) in str(error.value) and not (tmp_path / "hacked").exists()
+
+
+@pytest.fixture(scope="module")
+def files(vit, tmp_path_factory):
+    """A folder of weights of every kind, good and bad."""
+    folder, weights = tmp_path_factory.mktemp("files"), vit.state_dict()
+    dino_checkpoint(vit, folder / "dino.pth")
+    tiny = {f"backbone.{key}": value for key, value in build_backbone("cifar/tiny").state_dict().items()}
+    told = {"arch": "cifar/tiny", "patch_size": None, "image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+    for name, state in (
+            ("plain", weights), ("a tensor", torch.zeros(1)),
+            ("none", {"epoch": 3, "optimizer": {"state": {}}}),
+            ("lacking", {key.replace("norm.weight", "norm.wait") if key.startswith("norm") else key: value
+                         for key, value in weights.items()}),
+            ("cifar", {"student": tiny, "backbone": told, "loss": {"a": torch.zeros(())},
+                       "args": {"arch": "tiny"}}),
+            ("two", {"online": weights, "target": weights})):
+        torch.save(state, folder / f"{name}.pth")
+    for name in ("junk.pth", "junk.safetensors"):
+        (folder / name).write_bytes(b"junk")
+    return folder
+
+
+def test_the_only_network_of_a_checkpoint_needs_no_name(files, capsys):
+    for key in (None, "student"):
+        backbone, description = load_backbone(files / "cifar.pth", key)
+        assert description == ("cifar/tiny", None, 32, (0.5,) * 3, (0.5,) * 3, "student")
+    assert backbone.embed_dim == 64 and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name, arguments, words", [
+    ("away.pth", {}, ["no checkpoint at", "away.pth"]),
+    ("junk.pth", {}, ["junk.pth", "restore a copy"]),
+    ("junk.safetensors", {}, ["junk.safetensors", "restore a copy"]),
+    ("a tensor.pth", {}, ["is no checkpoint"]),
+    ("none.pth", {}, ["no network's weights", "epoch", "optimizer"]),
+    ("cifar.pth", {"checkpoint_key": "teacher"}, ["no network 'teacher'", "choose --checkpoint_key student"]),
+    ("dino.pth", {"checkpoint_key": "model"}, ["--checkpoint_key student or --checkpoint_key teacher"]),
+    ("two.pth", {"arch": "vit_tiny"}, ["no network 'teacher'", "--checkpoint_key online or"]),
+    ("plain.pth", {"checkpoint_key": "student", "arch": "vit_tiny"}, ["leave --checkpoint_key out"]),
+    ("plain.pth", {}, ["--arch"]),
+    ("plain.pth", {"arch": "vit_tiny", "patch_size": 16}, ["--patch_size 16 contradicts", "8"]),
+    ("plain.pth", {"arch": "vit_small"}, ["of other shapes", "cls_token [1, 1, 192], not [1, 1, 384]"]),
+    ("plain.pth", {"arch": "resnet18"}, ["missing: conv1.weight", "unexpected: cls_token"]),
+    ("plain.pth", {"arch": "resnet19"}, ["unknown arch 'resnet19'"]),
+    ("plain.pth", {"arch": "resnet18", "patch_size": 16}, ["--patch_size has no meaning for resnet18"]),
+    ("lacking.pth", {"arch": "vit_tiny"}, ["1 missing: norm.weight", "1 unexpected: norm.wait"]),
+    ("dino.pth", {"arch": "vit_small"}, ["--arch vit_small contradicts", "vit_tiny"]),
+    ("dino.pth", {"image_size": 96}, ["--image_size 96 contradicts", "48"]),
+    ("cifar.pth", {"patch_size": 16}, ["--patch_size 16 contradicts"]),
+    ("cifar.pth", {"random_weights": True}, ["either --pretrained_weights or"]),
+    (None, {}, ["either --pretrained_weights or"]),
+    (None, {"random_weights": True}, ["--arch"]),
+])
+def test_mistakes_about_weights_are_one_line(name, arguments, words, files):
+    with pytest.raises(UserError) as error:
+        load_backbone(name and files / name, **arguments)
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------- features
+
+class Numbers(torch.utils.data.Dataset):
+    """Image i is all i, its label i."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.count:
+            raise IndexError
+        return torch.full((3, 2, 2), float(index)), index
+
+
+def width_two(batch):
+    return batch[:, :2, 0, 0] * torch.tensor([1.0, -1.0])
+
+
+@pytest.mark.parametrize("world, count", [(1, 7), (2, 7), (3, 2)])
+def test_features_are_in_order_on_every_rank(world, count):
+    def extract():
+        whole = extract_features(width_two, Numbers(count), torch.device("cpu"), batch_size=2)
+        return whole, extract_features(width_two, Numbers(count), torch.device("cpu"), gather=False)
+
+    numbers = torch.arange(count)
+    for rank, ((rows, labels), (own, all_labels)) in enumerate(run_ranks(extract, world)):
+        assert torch.equal(rows, torch.stack([numbers, -numbers], 1).float()) and torch.equal(labels, numbers)
+        assert torch.equal(own, rows[rank::world]) and torch.equal(all_labels, numbers)
+
+
+def test_features_that_are_missing_or_not_finite():
+    with pytest.raises(UserError, match="no images"):
+        extract_features(width_two, Numbers(0), torch.device("cpu"))
+    with pytest.raises(UserError, match="features are not finite"):
+        extract_features(lambda batch: batch.flatten(1) / 0, Numbers(3), torch.device("cpu"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts files as Linux lists them")
+def test_no_file_of_a_worker_outlives_its_batch(monkeypatch):
+    opened = []
+
+    def watched(batch):
+        opened.append(len(os.listdir("/proc/self/fd")))
+        return width_two(batch)
+    labels = extract_features(watched, Numbers(200), torch.device("cpu"), batch_size=2, num_workers=2)[1]
+    assert torch.equal(labels, torch.arange(200)) and max(opened[50:]) <= max(opened[:50]) + 10
