@@ -16,7 +16,7 @@ from statistics import median
 
 import torch
 import torchvision
-from PIL import Image, ImageFilter
+from PIL import ImageFilter
 from torch.utils.data import default_collate
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -26,16 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import main as pretraining  # noqa: E402
 import utils  # noqa: E402
 from augmentations import CROP_RATIO, IMAGENET_MEAN, IMAGENET_STD, MultiCropAugmentation  # noqa: E402
-from benchmarks.measure import alternate, machine  # noqa: E402
+from benchmarks.measure import alternate, machine, make_images  # noqa: E402
 from data import load_image  # noqa: E402
-
-
-def make_images(folder: Path, count: int) -> None:
-    """Smooth noise as JPEG files of the size of ImageNet's photographs."""
-    generator = torch.Generator().manual_seed(0)
-    for number in range(count):
-        noise = torch.randint(0, 256, (47, 63, 3), dtype=torch.uint8, generator=generator)
-        Image.fromarray(noise.numpy()).resize((500, 375), Image.BICUBIC).save(folder / f"{number}.jpg")
 
 
 def plain_recipe():

@@ -1,4 +1,4 @@
-"""What the benchmarks share: tables, alternated timing, peak memory of a fresh process, the machine."""
+"""What the benchmarks share: tables, timing, memory, images, and a line that names the machine."""
 import csv
 import multiprocessing
 import platform
@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import utils
 
@@ -77,6 +78,14 @@ def _extra_memory(threads, prepare, *args):
 def _memory(field):
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith(field)) / 1024
+
+
+def make_images(folder: Path, count: int) -> None:
+    """Smooth noise as JPEG files of the size of ImageNet's photographs."""
+    generator = torch.Generator().manual_seed(0)
+    for number in range(count):
+        noise = torch.randint(0, 256, (47, 63, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(noise.numpy()).resize((500, 375), Image.BICUBIC).save(folder / f"{number}.jpg")
 
 
 def machine() -> str:

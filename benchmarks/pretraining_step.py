@@ -22,8 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main as pretraining  # noqa: E402
 import utils  # noqa: E402
-from benchmarks.loader import make_images  # noqa: E402
-from benchmarks.measure import extra_memory, machine, matrix_rate  # noqa: E402
+from benchmarks.measure import extra_memory, machine, make_images, matrix_rate  # noqa: E402
 
 
 def make_run(folder, arch, batch_size, device, *flags):
