@@ -1,8 +1,5 @@
-"""What the benchmarks share: tables and locks, alternated timing, growth, peak memory of a fresh process, a line that names the machine."""
-import contextlib
+"""What the benchmarks share: tables, timing, memory, images, and a line that names the machine."""
 import csv
-import fcntl
-import math
 import multiprocessing
 import platform
 import statistics
@@ -10,18 +7,41 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import utils
 
+RESULTS = Path(__file__).resolve().parents[1] / "cifar" / "results" / "studies"
+
+
+def read_table(path: Path) -> list[dict]:
+    """The rows of a CSV, as text; none if there is no file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    """Replaces the CSV at `path`. Columns are the rows' keys in the order in which they come first."""
+    def write(file):
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
+        writer.writeheader()
+        writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    utils.replace_file(path, write)
+
 
 def alternate(functions: dict, runs: int, warmup: int = 1) -> dict:
-    """Wall and CPU seconds of each function (name -> callable without arguments), A B A B ..., so that a change in the machine's
-    speed meets all of them alike: name -> (list of wall seconds, list of CPU seconds), warm-up left out."""
+    """Times functions (name -> callable without arguments) in turns, A B A B ..., so that a change in the
+    machine's speed meets all alike: name -> (list of wall seconds, list of CPU seconds), without warm-up."""
     wall, cpu = ({name: [] for name in functions} for _ in range(2))
     for run in range(warmup + runs):
         for name, function in functions.items():
             start = time.perf_counter(), time.process_time()
             function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if run >= warmup:
                 wall[name].append(time.perf_counter() - start[0])
                 cpu[name].append(time.process_time() - start[1])
@@ -33,68 +53,46 @@ def median_wall(times: dict) -> dict:
     return {name: statistics.median(wall) for name, (wall, _) in times.items()}
 
 
-def fitted_exponent(x, y) -> float:
-    """p of the y = c x^p that fits best, by least squares of the logarithms."""
-    x, y = [math.log(value) for value in x], [math.log(value) for value in y]
-    return statistics.linear_regression(x, y).slope
-
-
-def write_table(path, columns, rows: list[dict]) -> None:
-    """Replaces the CSV at `path`; see utils.replace_file."""
-    def write(file):
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    utils.replace_file(path, write)
-
-
-@contextlib.contextmanager
-def locked(path: Path, wait: bool):
-    """Holds the lock that `path` stands for, until the block or the process ends; yields whether it could be had."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            held = True
-        except BlockingIOError:
-            held = False
-        yield held
+def matrix_rate(dtype: torch.dtype, device="cpu", size: int = 2048, runs: int = 10) -> float:
+    """FLOP/s of a product of two square matrices, the best of `runs`: what torch gets out of the hardware."""
+    x, y = (torch.randn(size, size).to(device, dtype) for _ in range(2))
+    return 2 * size**3 / min(alternate({"product": lambda: x @ y}, runs, warmup=2)["product"][0])
 
 
 def extra_memory(prepare, *args) -> float:
-    """MB by which a call in a fresh process raises the peak of its resident memory over what it held before (Linux only).
-    `prepare(*args)`, a module's function, returns the call."""
+    """MB by which a call raises the peak memory of a fresh process (Linux). `prepare(*args)`, a module's
+    function, returns the call; what it holds itself is not counted."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_grown, (torch.get_num_threads(), prepare, *args))
+        return pool.apply(_extra_memory, (torch.get_num_threads(), prepare, *args))
 
 
-def _grown(threads, prepare, *args):
+def _extra_memory(threads, prepare, *args):
     torch.set_num_threads(threads)
     call = prepare(*args)
-    before = _resident("VmRSS")
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew; getrusage's would be that of the imports, or of the parent process
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # restarts the peak, which has the imports in it
     call()
-    return _resident("VmHWM") - before
+    return _memory("VmHWM") - before
 
 
-def _resident(field):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
+def _memory(field):
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith(field)) / 1024
 
 
-def matrix_rate(dtype: torch.dtype, size: int = 2048, runs: int = 15) -> float:
-    """GFLOP/s of a product of two square matrices, the best of `runs`: what the machine's matrix unit gives through torch."""
-    x, y = (torch.randn(size, size).to(dtype) for _ in range(2))
-    wall, _ = alternate({"product": lambda: x @ y}, runs, warmup=3)["product"]
-    return 2 * size**3 / min(wall) / 1e9
+def make_images(folder: Path, count: int) -> None:
+    """Smooth noise as JPEG files of the size of ImageNet's photographs."""
+    generator = torch.Generator().manual_seed(0)
+    for number in range(count):
+        noise = torch.randint(0, 256, (47, 63, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(noise.numpy()).resize((500, 375), Image.BICUBIC).save(folder / f"{number}.jpg")
 
 
 def machine() -> str:
-    """One line: processor, threads, versions."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
-    except OSError:
-        pass
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+    """One line: processor, threads, GPU, versions."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return (f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads{gpu}, torch "
+            f"{torch.__version__}, Python {platform.python_version()}")

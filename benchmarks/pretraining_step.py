@@ -1,73 +1,75 @@
-"""Images per second and memory of a training step of main.py: ViT-S/16, two global and eight local views, on the CPU.
+"""Images per second and memory of a training step of main.py: ViT-S/16, two global and eight local views.
 
-    python benchmarks/pretraining_step.py                                # three ways to take the step; minutes
+    python benchmarks/pretraining_step.py                       # on the CPU, two minutes
     python benchmarks/pretraining_step.py --arch vit_tiny --runs 5
 
-Ours is main.py's own step: batched augmentation, autocast where the hardware has bf16, attention unfused on CPUs. The plain steps are
-the same but for torch's fused attention, and float32. Steps alternate, medians count. The operations of a step (student forward and
-backward, teacher forward, objective) are counted by torch and held against the rate of a large bf16 matrix product on the same
-machine. Memory is what the step adds to that of a fresh process, with and without recomputing activations.
+Ours is main.py's own step, bf16 where the hardware has it, without the wait for data. It is held against the
+same step in float32. Steps alternate, medians count. Operations are counted by torch, a multiply-add as two,
+and held against the rate of a large matrix product in the precision of our step. Memory is what a step on
+the CPU adds to a fresh process.
 """
-import argparse
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
 
-import numpy as np
 import torch
-from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main as pretraining  # noqa: E402
-from benchmarks.measure import alternate, extra_memory, machine, matrix_rate, median_wall  # noqa: E402
+import utils  # noqa: E402
+from benchmarks.measure import extra_memory, machine, make_images, matrix_rate  # noqa: E402
 
 
-def make_step(folder, arch, batch_size, *flags, fused_attention=False):
-    """A call without arguments: one training step of main.py on one batch, the same each time."""
-    args = pretraining.parse_args(["--arch", arch, "--data_path", folder, "--batch_size_per_gpu", str(batch_size), "--num_workers", "0",
-                                   "--device", "cpu", "--freeze_last_layer", "0", *flags])
-    run = pretraining.Run(args, torch.device("cpu"))
-    for network in (run.student, run.teacher):
-        for block in network.backbone.blocks:
-            block.attn.fused_attn = fused_attention
-    pretraining.set_schedules(run)
-    parts = [next(iter(pretraining.make_loader(run)))]
-    return lambda: pretraining.train_step(run, parts, stop=False)
+def make_run(folder, arch, batch_size, device, *flags):
+    args = pretraining.parse_args([
+        "--arch", arch, "--batch_size_per_gpu", str(batch_size), "--device", device,
+        "--data_path", folder, "--num_workers", "0", *flags])
+    return pretraining.Run(args, utils.select_device(device))
 
 
-def make_images(folder, count):
-    """Photograph-sized images of noise: what is timed does not depend on their content."""
-    noise = np.random.default_rng(0)
-    for number in range(count):
-        Image.fromarray(noise.integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(Path(folder) / f"{number}.png")
+def take_step(run) -> float:
+    """One training step, of an epoch of one step; its seconds without the wait for data."""
+    run.step, run.sums = 0, Counter()
+    pretraining.train_one_epoch(run, log=None, save=None, interruption=SimpleNamespace(signal=None))
+    return run.sums["seconds"] - run.sums["waited"]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", choices=pretraining.VIT_ARCHS, default="vit_small")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--runs", type=int, default=3, help="timed steps of each, after one that warms up")
-    args = parser.parse_args()
+def make_call(*setting):
+    run = make_run(*setting)
+    return lambda: take_step(run)
+
+
+def main(argv=None):
+    parser = utils.ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("--arch", default="vit_small", help="network of main.py")
+    add("--batch_size", type=utils.number(int, 2, 10**5), default=8, help="images per step")
+    add("--runs", type=utils.positive_int, default=3, help="timed steps of each, after one that warms up")
+    add("--device", default="cpu", help="cpu or cuda")
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        make_images(folder, args.batch_size)
-        setting = (folder, args.arch, args.batch_size)
-        steps = {"ours": make_step(*setting), "plain bf16": make_step(*setting, fused_attention=True),
-                 "plain fp32": make_step(*setting, "--amp", "none", fused_attention=True)}
-        print(f"{machine()}; {args.arch}, batch {args.batch_size}, medians of {args.runs} steps")
-        times = median_wall(alternate(steps, args.runs))
+        make_images(Path(folder), args.batch_size)
+        setting = folder, args.arch, args.batch_size, args.device
+        runs = {"ours": make_run(*setting), "float32": make_run(*setting, "--amp", "none")}
+        dtype = runs["ours"].amp_dtype or torch.float32
+        print(f"{machine()}; {args.device}, {args.arch}, batch {args.batch_size}; {args.runs} runs")
+        turns = [{name: take_step(run) for name, run in runs.items()} for _ in range(1 + args.runs)]
+        ours, float32 = (median(turn[name] for turn in turns[1:]) for name in runs)
         with FlopCounterMode(display=False) as counter:
-            steps["ours"]()
-        rate, operations = matrix_rate(torch.bfloat16), counter.get_total_flops()
-        for name, seconds in times.items():
-            print(f"{name:12}{args.batch_size / seconds:6.2f} images/s, {operations / seconds / 1e9:5.0f} GFLOP/s, "
-                  f"{seconds / times['ours']:.2f} times the time of ours")
-        print(f"{operations / 1e9:.0f} GFLOP a step; ours reaches {100 * operations / times['ours'] / 1e9 / rate:.0f}% of the "
-              f"{rate:.0f} GFLOP/s of a bf16 matrix product")
-        for flags in ((), ("--grad_checkpointing",)):
-            print(f"memory of a step {' '.join(flags) or 'as it is'}: {extra_memory(make_step, *setting, *flags):.0f} MB", flush=True)
+            take_step(runs["ours"])
+        reached, rate = counter.get_total_flops() / ours, matrix_rate(dtype, args.device)
+        print(f"ours {args.batch_size / ours:.2f} images/s, float32 {args.batch_size / float32:.2f}, ratio "
+              f"{float32 / ours:.2f}; {reached / 1e9:.0f} GFLOP/s, {100 * reached / rate:.0f} % of a matrix "
+              f"product's {rate / 1e9:.0f} in {dtype}", flush=True)
+        for flags in ((), ("--grad_checkpointing",)) if args.device == "cpu" else ():
+            megabytes = extra_memory(make_call, *setting, *flags)
+            print(f"memory of a step{' with '.join(('', *flags))}: {megabytes:.0f} MB", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main)
