@@ -285,7 +285,7 @@ def _sum_over_ranks(count: int, *tensors: Tensor, gather: bool) -> list[int | Te
     return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
 
 
-def _gather_rows(x: Tensor, gather: bool = True) -> Tensor:
+def _gather_rows(x: Tensor, gather: bool) -> Tensor:
     """The rows of all ranks, which may differ in n: [..., n, D] -> [..., all n, D]. An all-reduce of
     zero-padded rows; its gradient is a sum over ranks and a slice."""
     if _world_size(gather) == 1:
@@ -413,7 +413,9 @@ class AUCCLLoss(nn.Module):
         """T (E-[exp(h / T - u)] + u - 1), where E- is the mean over ranks of their means; then u moves."""
         (s, t), temperature = SCORES[self.score], self.temperature
         own = log_mean_exp(anchors, others, temperature / s, same_view) + t / temperature
-        log_means = _gather_rows(own.view(1, 1))  # [ranks, 1]
+        log_means = own.view(1)  # [ranks]
+        if (world := _world_size()) > 1:
+            log_means = all_reduce(own * torch.eye(world, device=own.device)[dist.get_rank()])
         now = log_means.detach()
         u = torch.where(self.u.isnan(), now.mean(), self.u.to(now)).maximum(now.max() - MAX_EXCESS)
         excess = (log_means - u).expm1().mean()  # E-[exp(h / T - u)] - 1
@@ -511,7 +513,8 @@ class ReleasedImageNetLoss(AUCCLLoss):
 
 PRESETS = {
     "paper": AUCCLLoss,
-    "hard": partial(AUCCLLoss, temperature=0.1, negative_weight=8.0),  # (2); ours, not the paper's
+    # (2); not from the paper. b is held at 0: one that follows E-[h] lets all embeddings share a direction.
+    "hard": partial(AUCCLLoss, temperature=0.1, negative_weight=8.0, learn=("a", "alpha")),
     "poster": partial(AUCCLLoss, negative_weight="sum", margin_negative_weight="sum", learn=("b", "alpha")),
     "released-cifar": ReleasedCIFARLoss,
     "released-imagenet": ReleasedImageNetLoss,
