@@ -51,9 +51,9 @@ if dist.is_available():
 SCORES = {"cosine": (1.0, 0.0), "unit": (0.5, 0.5)}  # name -> (s, t) of the score h = s cos + t
 WEIGHTS = ("a", "b", "alpha")
 GRAM_WIDTH = 512  # up to this D (1 MB) ranks exchange Gram matrices, beyond it rows
-BLOCK = 1024      # views whose pairs the exponentials of (2) are taken over at once
+BLOCK = 1024      # views within which (2) takes its pairs
 DECAY = 0.9       # of the moving average u, per call
-MAX_EXCESS = 10.0  # u follows a batch at once that exceeds it by more: exp(h / T - u) cannot overflow
+MAX_EXCESS = 10   # of a batch's log-mean-exp over u; beyond it u jumps, lest exp(h / T - u) overflow
 
 
 class PairMoments(NamedTuple):
@@ -144,14 +144,15 @@ def teacher_student_moments(teacher: Tensor, student: Tensor, gather: bool = Tru
     return PairMoments(*(own / anchors), *((pairs - own) / (anchors * negatives)), negatives)
 
 
-def log_mean_exp(anchors: Tensor, others: Tensor, temperature: float, same_view: bool = False) -> Tensor:
+def log_mean_exp(anchors, others, temperature: float, same_view: bool = False) -> Tensor:
     """log E-[exp(cos / temperature)] over this rank's negative pairs, a 0-dim tensor.
 
-    anchors, others: unit rows [U, n, D] and [V, n, D]. same_view: whether view u < U of one image and view u
+    anchors, others: unit rows, U and V times [n, D]. same_view: whether view u < U of one image and view u
     of another are a pair. Images whose views exceed BLOCK are split, and pairs taken within each part alone.
     """
+    anchors, others = torch.stack([*anchors]), torch.stack([*others])  # [U, n, D], [V, n, D]
     (u, n, _), v = anchors.shape, len(others)
-    couples = torch.eye(u, v, dtype=torch.bool, device=anchors.device).logical_not() | same_view  # [U, V]
+    couples = ~torch.eye(u, v, dtype=torch.bool, device=anchors.device) | same_view  # [U, V]
     parts = max(1, min(-(-v * n // BLOCK), n // 2))
     means, pairs = [], 0
     for x, y in zip(anchors.tensor_split(parts, 1), others.tensor_split(parts, 1)):
@@ -164,36 +165,31 @@ def log_mean_exp(anchors: Tensor, others: Tensor, temperature: float, same_view:
 
 
 def auc_objective(moments: PairMoments, a, b, alpha, margin=1.0, negative_weight=1.0,
-                  margin_negative_weight=1.0, margin_negative: Tensor | None = None) -> Tensor:
+                  margin_negative_weight=1.0, hardest: Tensor | None = None) -> Tensor:
     """Equation (1) from the moments of the score; a 0-dim tensor. Weights are numbers or 0-dim tensors.
-    margin_negative stands in the margin term in the place of E-[h], as (2) does."""
+    hardest: (2), which takes the place of E-[h] in the margin term."""
     positive_mean, positive_square, negative_mean, negative_square, _ = moments
-    if margin_negative is None:
-        margin_negative = negative_mean
+    hardest = negative_mean if hardest is None else hardest
     positive_spread = positive_square + a * (a - 2 * positive_mean)  # E+[(h - a)^2]
     negative_spread = negative_square + b * (b - 2 * negative_mean)
-    violation = margin - positive_mean + margin_negative_weight * margin_negative
+    violation = margin - positive_mean + margin_negative_weight * hardest
     return positive_spread + negative_weight * negative_spread + alpha * (2 * violation - alpha)
 
 
 @torch.no_grad()
-def pair_auc(z0: Tensor, z1: Tensor, chunk: int = 256) -> float:
+def pair_auc(z0: Tensor, z1: Tensor) -> float:
     """AUC of positive against negative cosines: the share of couples (positive, negative) in the right order.
 
-    Exact over the n positive and 2n (2n - 2) negative pairs of two views [n, D]; ties count half.
+    Exact over the n positive and 2n (2n - 2) negative pairs of two views [n, D], by a 2n x 2n matrix; ties
+    count half.
     """
     _check_views((z0, z1), 2)
-    z = torch.cat([unit_rows(z0), unit_rows(z1)])
-    n = len(z0)
-    positives = (z[:n] * z[n:]).sum(1).sort().values
-    ordered = 0  # twice the couples in order
-    for start in range(0, 2 * n, chunk):
-        cosines = z[start:start + chunk] @ z.T  # [chunk, 2n]
-        image = torch.arange(start, start + len(cosines), device=z.device) % n
-        negatives = cosines[image[:, None] != torch.arange(2 * n, device=z.device) % n]
-        below = sum(torch.searchsorted(positives, negatives, right=right).sum() for right in (False, True))
-        ordered += 2 * n * negatives.numel() - below.item()
-    return ordered / (2 * n * 2 * n * (2 * n - 2))
+    z, n = torch.cat([unit_rows(z0), unit_rows(z1)]), len(z0)
+    same_image = torch.eye(n, dtype=torch.bool, device=z.device).repeat(2, 2)
+    negatives = (z @ z.T)[~same_image].sort().values
+    positives = (z[:n] * z[n:]).sum(1)
+    below = sum(torch.searchsorted(negatives, positives, right=right).sum() for right in (False, True))
+    return below.item() / (2 * n * len(negatives))
 
 
 class _UnitRows(torch.autograd.Function):
@@ -248,7 +244,9 @@ def _scale_gradient(x: Tensor, factor) -> Tensor:
 
 
 def _check_views(views, dims: int, world: int = 1) -> None:
-    first = views[0]
+    if len(views) < 2:
+        raise ValueError(f"positive pairs need at least two views, got {len(views)}")
+    first, second = views[:2]
     for x in views:
         if not x.is_floating_point():
             raise ValueError(f"embeddings must be floating point, got {x.dtype}")
@@ -259,11 +257,9 @@ def _check_views(views, dims: int, world: int = 1) -> None:
             raise ValueError(f"the branches differ in shape: {list(first.shape)} and {list(x.shape)}")
     if first.shape[-2] * world < 2 or first.shape[-2] == 0:
         raise ValueError(f"negative pairs need at least two images, got {first.shape[-2]}")
-    if dims == 2 and len(views) < 2:
-        raise ValueError("positive pairs need at least two views, got 1")
-    if dims == 3 and not 0 < len(first) <= len(views[1]) > 1:
+    if dims == 3 and not 0 < len(first) <= len(second) > 1:
         raise ValueError("the student must see every teacher view and one more: got "
-                         f"{len(first)} teacher views and {len(views[1])} student views")
+                         f"{len(first)} teacher views and {len(second)} student views")
 
 
 # ------------------------------------------------------------------------------------------------ over ranks
@@ -369,7 +365,7 @@ class AUCCLLoss(nn.Module):
         """Symmetric form. views: V >= 2 of n images, [n, D] each, gradient through all; a 0-dim tensor."""
         _check_views(views, 2, _world_size(self.gather and self.temperature is None))
         with torch.autocast(views[0].device.type, enabled=False):
-            z = unit_rows(torch.stack(views))  # [V, n, D]
+            z = [unit_rows(view) for view in views]
             return self._objective(symmetric_moments(*z, gather=self.gather), z, z, same_view=True)
 
     def teacher_student(self, teacher: Tensor, student: Tensor) -> Tensor:
@@ -409,10 +405,10 @@ class AUCCLLoss(nn.Module):
         hardest = None if self.temperature is None else self._hardest(*rows, **pairs)
         return auc_objective(moments, a, b, alpha, self.margin, nu, kappa, hardest)
 
-    def _hardest(self, anchors: Tensor, others: Tensor, same_view: bool = False) -> Tensor:
+    def _hardest(self, anchors, others, **pairs) -> Tensor:
         """T (E-[exp(h / T - u)] + u - 1), where E- is the mean over ranks of their means; then u moves."""
         (s, t), temperature = SCORES[self.score], self.temperature
-        own = log_mean_exp(anchors, others, temperature / s, same_view) + t / temperature
+        own = log_mean_exp(anchors, others, temperature / s, **pairs) + t / temperature
         log_means = own.view(1)  # [ranks]
         if (world := _world_size()) > 1:
             log_means = all_reduce(own * torch.eye(world, device=own.device)[dist.get_rank()])
