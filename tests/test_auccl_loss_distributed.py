@@ -99,6 +99,8 @@ def local_rank(rank, world):
     hard(*views)
     with pytest.raises(RuntimeError, match="differ between ranks"):
         AUCCLLoss(a=float(rank))(*views)
+    with pytest.raises(ValueError, match="two images"):
+        AUCCLLoss.preset("hard")(views[0][:1], views[1][:1])
     return torch.stack(losses).detach(), torch.stack(grads), released.center, hard.u
 
 
