@@ -57,13 +57,15 @@ MAX_EXCESS = 10   # of a batch's log-mean-exp over u; beyond it u jumps, lest ex
 
 
 class PairMoments(NamedTuple):
-    """Moments of the cosine over positive and negative pairs; `negatives` counts those per anchor."""
+    """Moments of the cosine over positive and negative pairs; `negatives` counts those per anchor. `hardest`
+    is (2) for the score; without it the margin term takes the negatives' mean."""
 
     positive_mean: Tensor
     positive_square: Tensor
     negative_mean: Tensor
     negative_square: Tensor
     negatives: int | Tensor
+    hardest: Tensor | None = None
 
     def of_score(self, score: str) -> "PairMoments":
         """The moments of the score h = s cos + t."""
@@ -72,7 +74,7 @@ class PairMoments(NamedTuple):
             return self
         means = s * self.positive_mean + t, s * self.negative_mean + t
         squares = [s**2 * square + 2 * s * t * mean + t**2 for mean, square in (self[:2], self[2:4])]
-        return PairMoments(means[0], squares[0], means[1], squares[1], self.negatives)
+        return PairMoments(means[0], squares[0], means[1], squares[1], *self[4:])
 
 
 # -------------------------------------------------------------------------------------- functions of tensors
@@ -165,10 +167,9 @@ def log_mean_exp(anchors, others, temperature: float, same_view: bool = False) -
 
 
 def auc_objective(moments: PairMoments, a, b, alpha, margin=1.0, negative_weight=1.0,
-                  margin_negative_weight=1.0, hardest: Tensor | None = None) -> Tensor:
-    """Equation (1) from the moments of the score; a 0-dim tensor. Weights are numbers or 0-dim tensors.
-    hardest: (2), which takes the place of E-[h] in the margin term."""
-    positive_mean, positive_square, negative_mean, negative_square, _ = moments
+                  margin_negative_weight=1.0) -> Tensor:
+    """Equation (1) from the moments of the score; a 0-dim tensor. Weights are numbers or 0-dim tensors."""
+    positive_mean, positive_square, negative_mean, negative_square, _, hardest = moments
     hardest = negative_mean if hardest is None else hardest
     positive_spread = positive_square + a * (a - 2 * positive_mean)  # E+[(h - a)^2]
     negative_spread = negative_square + b * (b - 2 * negative_mean)
@@ -366,7 +367,8 @@ class AUCCLLoss(nn.Module):
         _check_views(views, 2, _world_size(self.gather and self.temperature is None))
         with torch.autocast(views[0].device.type, enabled=False):
             z = [unit_rows(view) for view in views]
-            return self._objective(symmetric_moments(*z, gather=self.gather), z, z, same_view=True)
+            moments = symmetric_moments(*z, gather=self.gather)
+            return self._objective(moments._replace(hardest=self._hardest(z, z, same_view=True)))
 
     def teacher_student(self, teacher: Tensor, student: Tensor) -> Tensor:
         """Multi-crop form, the mean over couples of different views; a 0-dim tensor. teacher: [U, n, D] of
@@ -375,7 +377,7 @@ class AUCCLLoss(nn.Module):
         with torch.autocast(student.device.type, enabled=False):
             teacher, student = unit_rows(teacher.detach()), unit_rows(student)
             moments = teacher_student_moments(teacher, student, self.gather)
-            return self._objective(moments, teacher, student)
+            return self._objective(moments._replace(hardest=self._hardest(teacher, student)))
 
     def param_groups(self, lr: float) -> list[dict]:
         """Optimiser group of the learned weights, without weight decay; none if all are held."""
@@ -393,8 +395,7 @@ class AUCCLLoss(nn.Module):
         names = "margin", "negative_weight", "margin_negative_weight", "temperature", "score"
         return ", ".join([*(f"{name}={getattr(self, name)}" for name in names), f"learn=({learned})"])
 
-    def _objective(self, moments: PairMoments, *rows, **pairs) -> Tensor:
-        """rows, pairs: the arguments of log_mean_exp."""
+    def _objective(self, moments: PairMoments) -> Tensor:
         moments = moments.of_score(self.score)
         self.means = torch.stack([moments.positive_mean.detach(), moments.negative_mean.detach()])
         nu, kappa = (moments.negatives if weight == "sum" else weight
@@ -402,12 +403,13 @@ class AUCCLLoss(nn.Module):
         a, b, alpha = self._weights(moments.positive_mean)
         self._check_range(alpha, kappa)
         b, alpha = _scale_gradient(b, 1 / nu), _scale_gradient(alpha, -1)
-        hardest = None if self.temperature is None else self._hardest(*rows, **pairs)
-        return auc_objective(moments, a, b, alpha, self.margin, nu, kappa, hardest)
+        return auc_objective(moments, a, b, alpha, self.margin, nu, kappa)
 
-    def _hardest(self, anchors, others, **pairs) -> Tensor:
+    def _hardest(self, anchors, others, **pairs) -> Tensor | None:
         """T (E-[exp(h / T - u)] + u - 1), where E- is the mean over ranks of their means; then u moves."""
         (s, t), temperature = SCORES[self.score], self.temperature
+        if temperature is None:
+            return None
         own = log_mean_exp(anchors, others, temperature / s, **pairs) + t / temperature
         log_means = own.view(1)  # [ranks]
         if (world := _world_size()) > 1:
