@@ -30,8 +30,8 @@ With a temperature T, the margin term faces the hardest negatives (partial AUC) 
                          = min over u of T (E-[exp(h / T - u)] + u - 1)                               (2)
 
 The last form stands in L, with u from earlier batches: it is a mean over pairs, so that minibatch gradients
-stay unbiased, where the log of a batch's mean is not. T to infinity is (1). The exponentials need the matrix
-of cosines, but any part of the pairs will do: those of this rank, and of large batches those within blocks.
+stay unbiased; the log of a batch's mean is biased. T to infinity is (1). The exponentials need the matrix of
+cosines, but any part of the pairs will do: those of this rank, and of large batches those within blocks.
 """
 import itertools
 import math
@@ -316,8 +316,8 @@ class AUCCLLoss(nn.Module):
         negative_weight: nu, weight of the negatives' spread; "sum" is the number of negatives per anchor.
         margin_negative_weight: kappa, weight of the negatives in the margin term; likewise. Keep it at 1 for
             a student that faces a teacher: with kappa = nu > 1, collapse to one negative cosine has loss 0.
-        temperature: T of (2); None is (1). (2) has a buffer u, the moving average of log E-[exp(h / T)] over
-            earlier calls in training mode, and takes that mean over each rank's own images.
+        temperature: T of (2); None is (1). Its buffer u is the log of a moving average of E-[exp(h / T)] over
+            earlier calls in training mode. That E- is over pairs within each rank, then over ranks.
         learn: which of a, b, alpha are learned; the others are held at their initial values.
         score: "cosine", h = cos, or "unit", h = (1 + cos) / 2.
         gather: negatives from all ranks when a process group is up; False keeps to this rank's, and averages
@@ -443,12 +443,12 @@ class AUCCLLoss(nn.Module):
         self._calls += 1
         if self._warned or not self.alpha.requires_grad or (alpha.device.type != "cpu" and self._calls % 100):
             return
-        value, bound = alpha.item(), abs(self.margin) + 1 + float(kappa)
-        self._warned = abs(value) > bound
+        bound = abs(self.margin) + 1 + float(kappa)
+        self._warned = abs(alpha.item()) > bound
         if self._warned:
-            warnings.warn(f"alpha = {value:.3g} is out of its range, +-{bound:.3g}: alpha ascends by itself "
-                          "through a reversed gradient; maximize=True or a sign flip makes it descend. Or "
-                          "the learning rate is too large", stacklevel=2)
+            warnings.warn(f"alpha = {alpha.item():.3g} is out of its range, +-{bound:.3g}: its gradient is "
+                          "reversed inside, so that maximize=True or a sign flip makes it descend. Or the "
+                          "learning rate is too large", stacklevel=2)
 
 
 class ReleasedCIFARLoss(AUCCLLoss):
