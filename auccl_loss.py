@@ -3,7 +3,7 @@
     from auccl_loss import AUCCLLoss
     criterion = AUCCLLoss()                                   # the weights a, b and alpha are its parameters
     optimizer = torch.optim.AdamW([{"params": model.parameters()}, *criterion.param_groups(lr=1e-3)], lr=1e-3)
-    loss = criterion(model(view0), model(view1))  # [n, D], [n, D] -> scalar
+    loss = criterion(model(view0), model(view1))              # [n, D], [n, D], ... -> scalar
     loss.backward(); optimizer.step()                         # model, a and b descend, alpha ascends
 
 A score is an affine map of the cosine of two embeddings, h = s cos + t. Positive pairs are two views of one
@@ -18,16 +18,25 @@ At the saddle a = E+[h], b = E-[h], alpha = m - a + kappa b. With nu = kappa = 1
 Wen, Lyu; NeurIPS 2016). (1) needs the first two moments of the cosine over pairs, which are sums over images:
 
     sum_ij  q_i . k_j     = (sum_i q_i) . (sum_j k_j)
-    sum_ij (q_i . k_j)^2  = < Q^T Q , K^T K >_F                                                       (2)
+    sum_ij (q_i . k_j)^2  = < Q^T Q , K^T K >_F
 
 So the objective over all pairs costs O(n D^2) time and O(D^2) memory without an n x n matrix, and one
 all-reduce over ranks. Where D is the larger, matrices of cosines are taken, over ranks from gathered rows.
 Every rank holds the whole objective: DistributedDataParallel's mean over ranks is its gradient.
+
+With a temperature T, the margin term faces the hardest negatives (partial AUC) instead of their mean E-[h]:
+
+    T log E-[exp(h / T)] = max over q of E_q[h] - T KL(q || negatives)
+                         = min over u of T (E-[exp(h / T - u)] + u - 1)                               (2)
+
+The last form stands in L, with u from earlier batches: it is a mean over pairs, so that minibatch gradients
+stay unbiased; the log of a batch's mean is biased. T to infinity is (1). The exponentials need the matrix of
+cosines, but any part of the pairs will do: those of this rank, and of large batches those within blocks.
 """
-import functools
-import inspect
+import itertools
 import math
 import warnings
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -36,19 +45,27 @@ from torch import Tensor, nn
 
 from released_losses import released_cifar, released_imagenet
 
+if dist.is_available():
+    from torch.distributed.nn.functional import all_reduce  # differentiable: its gradient is a sum over ranks
+
 SCORES = {"cosine": (1.0, 0.0), "unit": (0.5, 0.5)}  # name -> (s, t) of the score h = s cos + t
 WEIGHTS = ("a", "b", "alpha")
-ALWAYS_GRAM_WIDTH = 512  # up to this D (1 MB) ranks take Gram matrices without asking one another for n
+GRAM_WIDTH = 512  # up to this D (1 MB) ranks exchange Gram matrices, beyond it rows
+BLOCK = 1024      # views within which (2) takes its pairs
+DECAY = 0.9       # of the moving average u, per call
+MAX_EXCESS = 10   # of a batch's log-mean-exp over u; beyond it u jumps, lest exp(h / T - u) overflow
 
 
 class PairMoments(NamedTuple):
-    """Moments of the cosine over positive and negative pairs; `negatives` counts those per anchor."""
+    """Moments of the cosine over positive and negative pairs; `negatives` counts those per anchor. `hardest`
+    is (2) for the score; without it the margin term takes the negatives' mean."""
 
     positive_mean: Tensor
     positive_square: Tensor
     negative_mean: Tensor
     negative_square: Tensor
     negatives: int | Tensor
+    hardest: Tensor | None = None
 
     def of_score(self, score: str) -> "PairMoments":
         """The moments of the score h = s cos + t."""
@@ -57,7 +74,7 @@ class PairMoments(NamedTuple):
             return self
         means = s * self.positive_mean + t, s * self.negative_mean + t
         squares = [s**2 * square + 2 * s * t * mean + t**2 for mean, square in (self[:2], self[2:4])]
-        return PairMoments(means[0], squares[0], means[1], squares[1], self.negatives)
+        return PairMoments(means[0], squares[0], means[1], squares[1], *self[4:])
 
 
 # -------------------------------------------------------------------------------------- functions of tensors
@@ -67,31 +84,32 @@ def unit_rows(z: Tensor) -> Tensor:
     return _UnitRows.apply(_at_least_float32(z))[0]
 
 
-def symmetric_moments(z0: Tensor, z1: Tensor, gather: bool = True, gram: bool | None = None) -> PairMoments:
-    """Moments over all pairs of 2n views, gradient through both branches.
+def symmetric_moments(*views: Tensor, gather: bool = True, gram: bool | None = None) -> PairMoments:
+    """Moments over all pairs of V n views, gradient through all.
 
     Args:
-        z0, z1: unit rows [n, D]; row i of both comes from image i. Anchors are all 2n views, an anchor's
-            negatives the 2n - 2 views of other images.
+        views: V >= 2 times unit rows [n, D]; row i of each comes from image i. An image has V (V - 1) / 2
+            positives. Anchors are all V n views, an anchor's negatives the V (n - 1) views of other images.
         gather: take the pairs over the images of all ranks (when a process group is up), not of this one.
-        gram: by D x D Gram matrices, equation (2), or by matrices of cosines; None takes the cheaper.
+        gram: by D x D Gram matrices, or by matrices of cosines; None takes the cheaper.
     """
-    positives = (z0 * z1).sum(1)  # [n]
+    n, v = len(views[0]), len(views)
+    positives = torch.cat([(x * y).sum(1) for x, y in itertools.combinations(views, 2)])
     own = torch.stack([positives.sum(), positives @ positives])  # [2]
-    if (images := _images_for_cosines(z0, 2, gather, gram)) is None:
-        count, own, total, square = _sum_over_ranks(len(z0), own, *_Sums.apply(z0, z1), gather=gather)
+    if _takes_gram(v * n, views[0].shape[1], gather, gram):
+        count, own, total, square = _sum_over_ranks(n, own, *_Sums.apply(*views), gather=gather)
         pairs = torch.stack([total @ total, square.flatten() @ square.flatten()])
         selves = square.detach().trace()  # sum of |z_i|^2
     else:
-        z = torch.cat([z0, z1])  # [2n, D]
-        cosines = z @ _gather_rows(z, [2 * n for n in images]).T  # [2n, 2 sum(images)]
+        z = torch.cat(views)  # [V n, D]
+        cosines = z @ _gather_rows(z, gather).T  # [V n, V count]
         pairs = torch.stack([cosines.sum(), cosines.square().sum()])
         selves = z.detach().square().sum()
-        count, own, pairs, selves = _sum_over_ranks(len(z0), own, pairs, selves, gather=gather)
-    # Ordered pairs within one image: its positive twice, and each view with itself: 1, or 0 for a zero row.
+        count, own, pairs, selves = _sum_over_ranks(n, own, pairs, selves, gather=gather)
+    # Ordered pairs within one image: its positives twice, and each view with itself: 1, or 0 for a zero row.
     within = 2 * own + selves
-    negatives = 2 * count - 2
-    return PairMoments(*(own / count), *((pairs - within) / (2 * count * negatives)), negatives)
+    couples, negatives = count * (v * (v - 1) // 2), v * count - v
+    return PairMoments(*(own / couples), *((pairs - within) / (v * count * negatives)), negatives)
 
 
 def teacher_student_moments(teacher: Tensor, student: Tensor, gather: bool = True,
@@ -110,7 +128,7 @@ def teacher_student_moments(teacher: Tensor, student: Tensor, gather: bool = Tru
     positives = torch.einsum("und,vnd->uvn", teacher, student) * other[..., None]  # [U, V, n]
     own = torch.stack([positives.sum(), positives.square().sum()])
 
-    if (images := _images_for_cosines(teacher[0], u * v / (u + v), gather, gram)) is None:
+    if _takes_gram(u * v / (u + v) * n, dim, gather, gram):
         views = [[x] for x in student[:u]] + [student[u:].unbind()] * (v > u)  # last: the student's alone
         sums, grams = map(torch.stack, zip(*(_Sums.apply(*x) for x in views)))  # [U + 1, D], [U + 1, D, D]
         count, own, t_sums, t_grams, s_sums, s_grams = _sum_over_ranks(
@@ -119,7 +137,7 @@ def teacher_student_moments(teacher: Tensor, student: Tensor, gather: bool = Tru
         pairs = torch.stack([(other * (t_sums @ s_sums.T)).sum(),
                              (other * (t_grams.flatten(1) @ s_grams.flatten(1).T)).sum()])
     else:
-        cosines = torch.einsum("uid,vjd->uvij", _gather_rows(teacher, images), student)
+        cosines = torch.einsum("uid,vjd->uvij", _gather_rows(teacher, gather), student)
         cosines = cosines * other[..., None, None]
         pairs = torch.stack([cosines.sum(), cosines.square().sum()])
         count, own, pairs = _sum_over_ranks(n, own, pairs, gather=gather)
@@ -128,34 +146,51 @@ def teacher_student_moments(teacher: Tensor, student: Tensor, gather: bool = Tru
     return PairMoments(*(own / anchors), *((pairs - own) / (anchors * negatives)), negatives)
 
 
+def log_mean_exp(anchors, others, temperature: float, same_view: bool = False) -> Tensor:
+    """log E-[exp(cos / temperature)] over this rank's negative pairs, a 0-dim tensor.
+
+    anchors, others: unit rows, U and V times [n, D]. same_view: whether view u < U of one image and view u
+    of another are a pair. Images whose views exceed BLOCK are split, and pairs taken within each part alone.
+    """
+    anchors, others = torch.stack([*anchors]), torch.stack([*others])  # [U, n, D], [V, n, D]
+    (u, n, _), v = anchors.shape, len(others)
+    couples = ~torch.eye(u, v, dtype=torch.bool, device=anchors.device) | same_view  # [U, V]
+    parts = max(1, min(-(-v * n // BLOCK), n // 2))
+    means, pairs = [], 0
+    for x, y in zip(anchors.tensor_split(parts, 1), others.tensor_split(parts, 1)):
+        m = x.shape[1]
+        logits = torch.einsum("uid,vjd->uvij", x, y) / temperature  # [U, V, m, m]
+        negative = couples[..., None, None] & ~torch.eye(m, dtype=torch.bool, device=x.device)
+        means.append(logits.masked_fill(~negative, -math.inf).logsumexp((0, 1, 2, 3)))
+        pairs += (u * v if same_view else u * (v - 1)) * m * (m - 1)
+    return torch.stack(means).logsumexp(0) - math.log(pairs)
+
+
 def auc_objective(moments: PairMoments, a, b, alpha, margin=1.0, negative_weight=1.0,
                   margin_negative_weight=1.0) -> Tensor:
     """Equation (1) from the moments of the score; a 0-dim tensor. Weights are numbers or 0-dim tensors."""
-    positive_mean, positive_square, negative_mean, negative_square, _ = moments
+    positive_mean, positive_square, negative_mean, negative_square, _, hardest = moments
+    hardest = negative_mean if hardest is None else hardest
     positive_spread = positive_square + a * (a - 2 * positive_mean)  # E+[(h - a)^2]
     negative_spread = negative_square + b * (b - 2 * negative_mean)
-    violation = margin - positive_mean + margin_negative_weight * negative_mean
+    violation = margin - positive_mean + margin_negative_weight * hardest
     return positive_spread + negative_weight * negative_spread + alpha * (2 * violation - alpha)
 
 
 @torch.no_grad()
-def pair_auc(z0: Tensor, z1: Tensor, chunk: int = 256) -> float:
+def pair_auc(z0: Tensor, z1: Tensor) -> float:
     """AUC of positive against negative cosines: the share of couples (positive, negative) in the right order.
 
-    Exact over the n positive and 2n (2n - 2) negative pairs of two views [n, D]; ties count half.
+    Exact over the n positive and 2n (2n - 2) negative pairs of two views [n, D], by a 2n x 2n matrix; ties
+    count half.
     """
-    _check_views(z0, z1, 2)
-    z = torch.cat([unit_rows(z0), unit_rows(z1)])
-    n = len(z0)
-    positives = (z[:n] * z[n:]).sum(1).sort().values
-    ordered = 0  # twice the couples in order
-    for start in range(0, 2 * n, chunk):
-        cosines = z[start:start + chunk] @ z.T  # [chunk, 2n]
-        image = torch.arange(start, start + len(cosines), device=z.device) % n
-        negatives = cosines[image[:, None] != torch.arange(2 * n, device=z.device) % n]
-        below = sum(torch.searchsorted(positives, negatives, right=right).sum() for right in (False, True))
-        ordered += 2 * n * negatives.numel() - below.item()
-    return ordered / (2 * n * 2 * n * (2 * n - 2))
+    _check_views((z0, z1), 2)
+    z, n = torch.cat([unit_rows(z0), unit_rows(z1)]), len(z0)
+    same_image = torch.eye(n, dtype=torch.bool, device=z.device).repeat(2, 2)
+    negatives = (z @ z.T)[~same_image].sort().values
+    positives = (z[:n] * z[n:]).sum(1)
+    below = sum(torch.searchsorted(negatives, positives, right=right).sum() for right in (False, True))
+    return below.item() / (2 * n * len(negatives))
 
 
 class _UnitRows(torch.autograd.Function):
@@ -200,10 +235,6 @@ class _Sums(torch.autograd.Function):
         return tuple(torch.addmm(grad_sum, x, grad_gram) for x in ctx.saved_tensors)
 
 
-for _function in (_UnitRows, _Sums):  # kept here, since torch derives it at every call, which costs 15 us
-    _function.forward.__signature__ = inspect.signature(_function.forward)
-
-
 def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
@@ -213,56 +244,33 @@ def _scale_gradient(x: Tensor, factor) -> Tensor:
     return torch.lerp(x.detach(), x, factor)
 
 
-def _check_views(first: Tensor, second: Tensor, dims: int, world: int = 1) -> None:
-    names = "[n, D]" if dims == 2 else "[views, n, D]"
-    for x in (first, second):
+def _check_views(views, dims: int, world: int = 1) -> None:
+    if len(views) < 2:
+        raise ValueError(f"positive pairs need at least two views, got {len(views)}")
+    first, second = views[:2]
+    for x in views:
         if not x.is_floating_point():
             raise ValueError(f"embeddings must be floating point, got {x.dtype}")
         if x.dim() != dims:
-            raise ValueError(f"embeddings must be {names}, got shape {list(x.shape)}")
-    if first.shape[dims - 2:] != second.shape[dims - 2:]:
-        raise ValueError(f"the branches differ in shape: {list(first.shape)} and {list(second.shape)}")
+            raise ValueError(f"embeddings must be {'[n, D]' if dims == 2 else '[views, n, D]'}, "
+                             f"got shape {list(x.shape)}")
+        if x.shape[-2:] != first.shape[-2:]:
+            raise ValueError(f"the branches differ in shape: {list(first.shape)} and {list(x.shape)}")
     if first.shape[-2] * world < 2 or first.shape[-2] == 0:
         raise ValueError(f"negative pairs need at least two images, got {first.shape[-2]}")
-    if dims == 3 and (len(second) < max(2, len(first)) or len(first) == 0):
+    if dims == 3 and not 0 < len(first) <= len(second) > 1:
         raise ValueError("the student must see every teacher view and one more: got "
                          f"{len(first)} teacher views and {len(second)} student views")
 
 
 # ------------------------------------------------------------------------------------------------ over ranks
 
-class _AllReduce(torch.autograd.Function):
-    """The sum over ranks. Its gradient is a sum over ranks as well."""
-
-    @staticmethod
-    def forward(ctx, x):
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _AllReduce.apply(grad)
-
-
-class _AverageGradient(torch.autograd.Function):
-    """The identity. Its gradient is averaged over ranks."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _mean_over_ranks(grad)
-
-
 def _world_size(gather: bool = True) -> int:
     return dist.get_world_size() if gather and dist.is_available() and dist.is_initialized() else 1
 
 
 def _mean_over_ranks(x: Tensor) -> Tensor:
-    return x if _world_size() == 1 else _AllReduce.apply(x) / _world_size()
+    return x if _world_size() == 1 else all_reduce(x) / _world_size()
 
 
 def _sum_over_ranks(count: int, *tensors: Tensor, gather: bool) -> list[int | Tensor]:
@@ -270,41 +278,34 @@ def _sum_over_ranks(count: int, *tensors: Tensor, gather: bool) -> list[int | Te
     if _world_size(gather) == 1:
         return [count, *tensors]
     tensors = [tensors[0].new_full((), count), *tensors]
-    flat = _AllReduce.apply(torch.cat([x.reshape(-1) for x in tensors]))
+    flat = all_reduce(torch.cat([x.reshape(-1) for x in tensors]))
     return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
 
 
-def _images_for_cosines(rows: Tensor, factor: float, gather: bool, gram: bool | None) -> list[int] | None:
-    """The ranks' numbers of images where matrices of cosines are to be taken, None where Gram matrices are.
-
-    rows: [n, D] of this rank. gram=None takes the cheaper: cosines where factor * images of all ranks <= D.
-    """
-    n, dim = rows.shape
-    world = _world_size(gather)
-    if gram or (gram is None and world > 1 and dim <= ALWAYS_GRAM_WIDTH):
-        return None
-    images = [n]
-    if world > 1:
-        images = torch.zeros(world, dtype=torch.int64, device=rows.device)
-        images[dist.get_rank()] = n
-        dist.all_reduce(images)
-        images = images.tolist()  # the host waits
-    return None if gram is None and factor * sum(images) > dim else images
-
-
-def _gather_rows(x: Tensor, counts: list[int]) -> Tensor:
-    """The rows of all ranks, which may differ in n: [..., n, D] -> [..., sum(counts), D]. An all-reduce of
+def _gather_rows(x: Tensor, gather: bool) -> Tensor:
+    """The rows of all ranks, which may differ in n: [..., n, D] -> [..., all n, D]. An all-reduce of
     zero-padded rows; its gradient is a sum over ranks and a slice."""
-    if len(counts) == 1:
+    if _world_size(gather) == 1:
         return x
+    counts = torch.zeros(_world_size(), dtype=torch.int64, device=x.device)
+    counts[dist.get_rank()] = x.shape[-2]
+    dist.all_reduce(counts)
+    counts = counts.tolist()  # the host waits
     before, after = sum(counts[:dist.get_rank()]), sum(counts[dist.get_rank() + 1:])
-    return _AllReduce.apply(nn.functional.pad(x, (0, 0, before, after)))
+    return all_reduce(nn.functional.pad(x, (0, 0, before, after)))
+
+
+def _takes_gram(rows: float, dim: int, gather: bool, gram: bool | None) -> bool:
+    """Whether to take Gram matrices: as asked for, or the cheaper; over ranks the same choice on all."""
+    if gram is not None:
+        return gram
+    return rows > dim if _world_size(gather) == 1 else dim <= GRAM_WIDTH
 
 
 # ----------------------------------------------------------------------------------------------- the modules
 
 class AUCCLLoss(nn.Module):
-    """Equation (1) of this file. The primal weights a, b and the dual weight alpha are parameters.
+    """Equation (1) of this file, or (2). The primal weights a, b and the dual weight alpha are parameters.
 
     Any optimiser that descends does descent-ascent: alpha's gradient is reversed, and b's is divided by nu,
     so that plain steps on all three are stable below a learning rate of 1 (the curvature in b is 2 nu).
@@ -315,6 +316,8 @@ class AUCCLLoss(nn.Module):
         negative_weight: nu, weight of the negatives' spread; "sum" is the number of negatives per anchor.
         margin_negative_weight: kappa, weight of the negatives in the margin term; likewise. Keep it at 1 for
             a student that faces a teacher: with kappa = nu > 1, collapse to one negative cosine has loss 0.
+        temperature: T of (2); None is (1). Its buffer u is the log of a moving average of E-[exp(h / T)] over
+            earlier calls in training mode. That E- is over pairs within each rank, then over ranks.
         learn: which of a, b, alpha are learned; the others are held at their initial values.
         score: "cosine", h = cos, or "unit", h = (1 + cos) / 2.
         gather: negatives from all ranks when a process group is up; False keeps to this rank's, and averages
@@ -323,12 +326,13 @@ class AUCCLLoss(nn.Module):
     With nu and kappa independent of the batch, minibatch gradients are unbiased estimates of the population's
     at any batch size: pair means are U-statistics. (Batch norm in training mode breaks this, as ever.)
     Embeddings are normalised inside; moments are float32 at least, also under autocast. ValueError for fewer
-    than two images, mismatched shapes and non-floating input.
+    than two images (with a temperature, on any rank) or views, mismatched shapes and non-floating input.
     """
 
     def __init__(self, a: float = 1.0, b: float = 0.0, alpha: float = 1.0, margin: float = 1.0,
                  negative_weight: float | str = 16.0, margin_negative_weight: float | str = 1.0,
-                 learn: tuple[str, ...] = WEIGHTS, score: str = "cosine", gather: bool = True):
+                 temperature: float | None = None, learn: tuple[str, ...] = WEIGHTS, score: str = "cosine",
+                 gather: bool = True):
         super().__init__()
         if unknown := sorted(set(learn) - set(WEIGHTS)):
             raise ValueError(f"learn names {', '.join(unknown)}; it may hold {', '.join(WEIGHTS)}")
@@ -337,14 +341,18 @@ class AUCCLLoss(nn.Module):
         for value in (negative_weight, margin_negative_weight):
             if value != "sum" and (isinstance(value, str) or not 0 < value < math.inf):
                 raise ValueError(f"negatives' weights must be positive numbers or 'sum', got {value!r}")
+        if temperature is not None and not 0 < temperature < math.inf:
+            raise ValueError(f"the temperature must be a positive number or None, got {temperature}")
         if not all(map(math.isfinite, (a, b, alpha, margin))):
             raise ValueError(f"a, b, alpha and margin must be finite, got {a}, {b}, {alpha}, {margin}")
         for name, value in zip(WEIGHTS, (a, b, alpha)):
             setattr(self, name, nn.Parameter(torch.tensor(float(value)), requires_grad=name in learn))
-        self.margin, self.score, self.gather = float(margin), score, gather
+        self.margin, self.score, self.gather, self.temperature = float(margin), score, gather, temperature
         self.negative_weight, self.margin_negative_weight = negative_weight, margin_negative_weight
+        if temperature is not None:
+            self.register_buffer("u", torch.tensor(math.nan))  # until the first batch
         self.means = None  # [2], detached: positive and negative mean score of the last call
-        self._checked_equal = False   # a, b, alpha were compared over ranks
+        self._checked_equal = False  # a, b, alpha were compared over ranks
         self._calls, self._warned = 0, False
 
     @staticmethod
@@ -354,19 +362,22 @@ class AUCCLLoss(nn.Module):
             raise ValueError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
         return PRESETS[name](**overrides)
 
-    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        """Symmetric form. z0, z1: [n, D], two views of n images, gradient through both; a 0-dim tensor."""
-        _check_views(z0, z1, 2, _world_size(self.gather))
-        with torch.autocast(z0.device.type, enabled=False):
-            return self._objective(symmetric_moments(unit_rows(z0), unit_rows(z1), self.gather))
+    def forward(self, *views: Tensor) -> Tensor:
+        """Symmetric form. views: V >= 2 of n images, [n, D] each, gradient through all; a 0-dim tensor."""
+        _check_views(views, 2, _world_size(self.gather and self.temperature is None))
+        with torch.autocast(views[0].device.type, enabled=False):
+            z = [unit_rows(view) for view in views]
+            moments = symmetric_moments(*z, gather=self.gather)
+            return self._objective(moments._replace(hardest=self._hardest(z, z, same_view=True)))
 
     def teacher_student(self, teacher: Tensor, student: Tensor) -> Tensor:
         """Multi-crop form, the mean over couples of different views; a 0-dim tensor. teacher: [U, n, D] of
         the global views, without gradient; student: [V, n, D] of all views, the first U are the teacher's."""
-        _check_views(teacher, student, 3, _world_size(self.gather))
+        _check_views((teacher, student), 3, _world_size(self.gather and self.temperature is None))
         with torch.autocast(student.device.type, enabled=False):
-            moments = teacher_student_moments(unit_rows(teacher), unit_rows(student), self.gather)
-            return self._objective(moments)
+            teacher, student = unit_rows(teacher.detach()), unit_rows(student)
+            moments = teacher_student_moments(teacher, student, self.gather)
+            return self._objective(moments._replace(hardest=self._hardest(teacher, student)))
 
     def param_groups(self, lr: float) -> list[dict]:
         """Optimiser group of the learned weights, without weight decay; none if all are held."""
@@ -375,14 +386,14 @@ class AUCCLLoss(nn.Module):
 
     @property
     def stats(self) -> dict[str, float]:
-        """Mean positive and negative score of the last call, and a, b, alpha as they stand; plain floats."""
+        """Mean positive and negative score of the last call; a, b, alpha and u as they stand; floats."""
         means = {} if self.means is None else dict(zip(("positive", "negative"), self.means.tolist()))
-        return means | {name: getattr(self, name).item() for name in WEIGHTS}
+        return means | {name: getattr(self, name).item() for name in (*WEIGHTS, "u") if hasattr(self, name)}
 
     def extra_repr(self) -> str:
         learned = ", ".join(name for name in WEIGHTS if getattr(self, name).requires_grad)
-        return (f"margin={self.margin}, negative_weight={self.negative_weight}, margin_negative_weight="
-                f"{self.margin_negative_weight}, learn=({learned}), score={self.score}")
+        names = "margin", "negative_weight", "margin_negative_weight", "temperature", "score"
+        return ", ".join([*(f"{name}={getattr(self, name)}" for name in names), f"learn=({learned})"])
 
     def _objective(self, moments: PairMoments) -> Tensor:
         moments = moments.of_score(self.score)
@@ -394,20 +405,37 @@ class AUCCLLoss(nn.Module):
         b, alpha = _scale_gradient(b, 1 / nu), _scale_gradient(alpha, -1)
         return auc_objective(moments, a, b, alpha, self.margin, nu, kappa)
 
-    def _weights(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _hardest(self, anchors, others, **pairs) -> Tensor | None:
+        """T (E-[exp(h / T - u)] + u - 1), where E- is the mean over ranks of their means; then u moves."""
+        (s, t), temperature = SCORES[self.score], self.temperature
+        if temperature is None:
+            return None
+        own = log_mean_exp(anchors, others, temperature / s, **pairs) + t / temperature
+        log_means = own.view(1)  # [ranks]
+        if (world := _world_size()) > 1:
+            log_means = all_reduce(own * torch.eye(world, device=own.device)[dist.get_rank()])
+        now = log_means.detach()
+        u = torch.where(self.u.isnan(), now.mean(), self.u.to(now)).maximum(now.max() - MAX_EXCESS)
+        excess = (log_means - u).expm1().mean()  # E-[exp(h / T - u)] - 1
+        if self.training:
+            self.u = (u + torch.log1p((1 - DECAY) * excess.detach())).to(self.u)
+        return temperature * (excess + u)
+
+    def _weights(self, like: Tensor) -> list[Tensor]:
         """a, b, alpha, on the device and in the dtype of `like`."""
         weights = [getattr(self, name).to(like) for name in WEIGHTS]
         if _world_size() == 1:
             return weights
         weights = torch.stack(weights)
         if not self._checked_equal:  # gradients are equal on all ranks: weights that start equal stay so
-            low, high = weights.detach().clone(), weights.detach().clone()
-            dist.all_reduce(low, dist.ReduceOp.MIN)
-            dist.all_reduce(high, dist.ReduceOp.MAX)
-            if not torch.equal(low, high):
+            highest = torch.stack([weights, -weights]).detach()
+            dist.all_reduce(highest, dist.ReduceOp.MAX)
+            if not torch.equal(highest[0], -highest[1]):
                 raise RuntimeError(f"a, b, alpha differ between ranks ({weights.tolist()}): start them equal")
             self._checked_equal = True
-        return (weights if self.gather else _AverageGradient.apply(weights)).unbind()
+        if not self.gather and weights.requires_grad:
+            weights.register_hook(_mean_over_ranks)
+        return list(weights)
 
     def _check_range(self, alpha: Tensor, kappa) -> None:
         """Warns once of an alpha that no scores in [-1, 1] explain. On an accelerator, where reading it makes
@@ -415,12 +443,12 @@ class AUCCLLoss(nn.Module):
         self._calls += 1
         if self._warned or not self.alpha.requires_grad or (alpha.device.type != "cpu" and self._calls % 100):
             return
-        value, bound = alpha.item(), abs(self.margin) + 1 + float(kappa)
-        if abs(value) > bound:
-            self._warned = True
-            warnings.warn(f"alpha = {value:.3g} is out of its range, +-{bound:.3g}: alpha ascends by itself "
-                          "through a reversed gradient; maximize=True or a sign flip makes it descend. Or "
-                          "the learning rate is too large", stacklevel=2)
+        bound = abs(self.margin) + 1 + float(kappa)
+        self._warned = abs(alpha.item()) > bound
+        if self._warned:
+            warnings.warn(f"alpha = {alpha.item():.3g} is out of its range, +-{bound:.3g}: its gradient is "
+                          "reversed inside, so that maximize=True or a sign flip makes it descend. Or the "
+                          "learning rate is too large", stacklevel=2)
 
 
 class ReleasedCIFARLoss(AUCCLLoss):
@@ -433,7 +461,7 @@ class ReleasedCIFARLoss(AUCCLLoss):
                          score="unit", gather=False)
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        _check_views(z0, z1, 2)
+        _check_views((z0, z1), 2)
         with torch.autocast(z0.device.type, enabled=False):
             z0, z1 = _at_least_float32(z0), _at_least_float32(z1)
             loss, *means = released_cifar(z0, z1, *self._weights(z0))
@@ -464,7 +492,7 @@ class ReleasedImageNetLoss(AUCCLLoss):
         raise ValueError("released-imagenet has no symmetric form; use 'paper' or 'released-cifar'")
 
     def teacher_student(self, teacher: Tensor, student: Tensor) -> Tensor:
-        _check_views(teacher, student, 3, _world_size(self.gather))
+        _check_views((teacher, student), 3)
         with torch.autocast(student.device.type, enabled=False):
             teacher, student = _at_least_float32(teacher.detach()), _at_least_float32(student)
             q = ((teacher - self.center.to(teacher)) / self.teacher_temp).softmax(-1)
@@ -483,8 +511,9 @@ class ReleasedImageNetLoss(AUCCLLoss):
 
 PRESETS = {
     "paper": AUCCLLoss,
-    "poster": functools.partial(AUCCLLoss, negative_weight="sum", margin_negative_weight="sum",
-                                learn=("b", "alpha")),
+    # (2); not from the paper. b is held at 0: one that follows E-[h] lets all embeddings share a direction.
+    "hard": partial(AUCCLLoss, temperature=0.1, negative_weight=8.0, learn=("a", "alpha")),
+    "poster": partial(AUCCLLoss, negative_weight="sum", margin_negative_weight="sum", learn=("b", "alpha")),
     "released-cifar": ReleasedCIFARLoss,
     "released-imagenet": ReleasedImageNetLoss,
 }

@@ -10,11 +10,11 @@ def cosine(x, y):
     return (x @ y) / (x.norm() * y.norm())
 
 
-def symmetric_pairs(z0, z1):
-    """Scores' cosines of all positive and of all (ordered) negative pairs of two views [n, D]."""
-    views = [(i, view) for z in (z0, z1) for i, view in enumerate(z)]
-    positive = [cosine(x, y) for x, y in zip(z0, z1)]
-    negative = [cosine(x, y) for (i, x), (j, y) in itertools.permutations(views, 2) if i != j]
+def symmetric_pairs(*views):
+    """Scores' cosines of all positive and of all (ordered) negative pairs of views [n, D]."""
+    rows = [(i, row) for z in views for i, row in enumerate(z)]
+    positive = [cosine(x, y) for z, w in itertools.combinations(views, 2) for x, y in zip(z, w)]
+    negative = [cosine(x, y) for (i, x), (j, y) in itertools.permutations(rows, 2) if i != j]
     return torch.stack(positive), torch.stack(negative)
 
 
@@ -28,11 +28,13 @@ def teacher_student_pairs(teacher, student, product=cosine):
     return torch.stack(positive), torch.stack(negative)
 
 
-def auc_loss(positive, negative, a, b, alpha, margin, nu, kappa, score):
-    """Equation (1) from the cosines of all pairs."""
+def auc_loss(positive, negative, a, b, alpha, margin, nu, kappa, score, temperature=None, u=None):
+    """Equation (1) from the cosines of all pairs, or (2) for a temperature."""
     positive, negative = SCORES[score](positive), SCORES[score](negative)
+    hardest = (negative.mean() if temperature is None else
+               temperature * ((negative / temperature - u).exp().mean() + u - 1))
     return (((positive - a)**2).mean() + nu * ((negative - b)**2).mean()
-            + 2 * alpha * (margin - positive.mean() + kappa * negative.mean()) - alpha**2)
+            + 2 * alpha * (margin - positive.mean() + kappa * hardest) - alpha**2)
 
 
 def surrogate(positive, negative, margin):
@@ -68,3 +70,9 @@ def nt_xent(z0, z1, temperature=0.5):
     z, n = torch.nn.functional.normalize(torch.cat([z0, z1]), dim=1), len(z0)
     logits = (z @ z.T / temperature).masked_fill(torch.eye(2 * n, dtype=torch.bool), float("-inf"))
     return torch.nn.functional.cross_entropy(logits, (torch.arange(2 * n) + n) % (2 * n))
+
+
+def dcl(z0, z1, temperature):
+    """Decoupled contrastive learning (Yeh et al. 2022): a log-mean-exp for every anchor."""
+    positive, negative = symmetric_pairs(z0, z1)
+    return (negative.view(2 * len(z0), -1) / temperature).logsumexp(1).mean() - positive.mean() / temperature

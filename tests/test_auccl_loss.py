@@ -5,17 +5,18 @@ import itertools
 import math
 import warnings
 
+import auccl_loss
 import pytest
 import references as ref
 import timm.optim
 import torch
-from auccl_loss import (AUCCLLoss, auc_objective, pair_auc, symmetric_moments, teacher_student_moments,
-                        unit_rows)
+from auccl_loss import (AUCCLLoss, auc_objective, log_mean_exp, pair_auc, symmetric_moments,
+                        teacher_student_moments, unit_rows)
 from released_losses import released_cifar, released_imagenet
 
 FORMS = ("symmetric", "teacher_student")
-PRESET_FORMS = [("paper", "symmetric"), ("paper", "teacher_student"), ("released-cifar", "symmetric"),
-                ("released-imagenet", "teacher_student")]
+PRESET_FORMS = [*itertools.product(("paper", "hard"), FORMS), ("poster", "symmetric"),
+                ("released-cifar", "symmetric"), ("released-imagenet", "teacher_student")]
 
 
 def normal(*shape, seed=0):
@@ -80,16 +81,19 @@ def test_a_student_of_global_views_alone():
 
 @pytest.mark.parametrize("nu, kappa", [(1.0, 1.0), (16.0, 1.0), ("sum", "sum")])
 @pytest.mark.parametrize("score", ["cosine", "unit"])
-@pytest.mark.parametrize("form", FORMS)
-def test_loss_equals_brute_force_with_alpha_reversed_and_b_scaled(form, score, nu, kappa):
-    criterion = AUCCLLoss(a=0.7, b=0.1, alpha=0.4, margin=0.9, negative_weight=nu,
-                          margin_negative_weight=kappa, score=score).double()
+@pytest.mark.parametrize("form, temperature", [*itertools.product(FORMS, (None, 0.2))])
+def test_loss_equals_brute_force_with_alpha_reversed_and_b_scaled(form, temperature, score, nu, kappa):
+    criterion = AUCCLLoss(a=0.7, b=0.1, alpha=0.4, margin=0.9, negative_weight=nu, score=score,
+                          margin_negative_weight=kappa, temperature=temperature).double()
+    if temperature:
+        criterion.u.fill_(1.5)
     n = 5
     x, y = embeddings(form, n, 6)
     positive, negative = pairs(form, x, y)
     number = 2 * n - 2 if form == "symmetric" else n - 1
     nu, kappa = (number if weight == "sum" else weight for weight in (nu, kappa))
-    reference = ref.auc_loss(positive, negative, *criterion.parameters(), 0.9, nu, kappa, score)
+    reference = ref.auc_loss(positive, negative, *criterion.parameters(), 0.9, nu, kappa, score, temperature,
+                             u=1.5)
     loss = call(criterion, form, x, y)
     assert_close(loss, reference)
     *embedding_grads, a, b, alpha = gradients(reference, (x, y, *criterion.parameters()))
@@ -98,6 +102,73 @@ def test_loss_equals_brute_force_with_alpha_reversed_and_b_scaled(form, score, n
         assert_close(mine, theirs)
     assert criterion.stats["positive"] == pytest.approx(ref.SCORES[score](positive).mean().item(), abs=1e-12)
     assert criterion.means[1].item() == pytest.approx(ref.SCORES[score](negative).mean().item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.2])
+@pytest.mark.parametrize("dim", [3, 40])  # by Gram matrices, by matrices of cosines
+@pytest.mark.parametrize("number", [3, 4])
+def test_any_number_of_views_equals_brute_force(number, dim, temperature):
+    views = [normal(5, dim, seed=seed).requires_grad_() for seed in range(number)]
+    criterion = AUCCLLoss(b=0.1, negative_weight="sum", temperature=temperature).double()
+    if temperature:
+        criterion.u.fill_(0.5)
+    loss = criterion(*views)
+    reference = ref.auc_loss(*ref.symmetric_pairs(*views), *criterion.parameters(), 1, number * 4, 1,
+                             "cosine", temperature, u=0.5)
+    assert_close(loss, reference)
+    for mine, theirs in zip(gradients(loss, views), gradients(reference, views), strict=True):
+        assert_close(mine, theirs)
+
+
+def test_the_poster_holds_a_and_sums_over_each_anchors_negatives():
+    criterion = AUCCLLoss.preset("poster").double()
+    x, y = embeddings("symmetric", 5, 6)
+    loss = criterion(x, y)
+    b, alpha = (torch.tensor(w, dtype=torch.float64, requires_grad=True) for w in (0.0, 1.0))
+    positive, negative = ref.symmetric_pairs(x, y)
+    sums = ((negative - b)**2 + 2 * alpha * negative).view(10, 8).sum(1)  # of each anchor
+    reference = ((positive - 1)**2 + 2 * alpha * (1 - positive)).mean() + sums.mean() - alpha**2
+    assert_close(loss, reference)
+    *embedding_grads, grad_b, grad_alpha = gradients(reference, (x, y, b, alpha))
+    for mine, theirs in zip(gradients(loss, (x, y, *criterion.parameters())),
+                            (*embedding_grads, grad_b / 8, -grad_alpha), strict=True):
+        assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_u_is_the_log_of_a_moving_average_of_earlier_batches(form):
+    criterion, average = AUCCLLoss.preset("hard").double(), None
+    for seed in range(3):
+        x, y = embeddings(form, 4, 6, seed=seed)
+        positive, negative = (z.detach() for z in pairs(form, x, y))
+        now = (negative / 0.1).exp().mean()
+        average = now if average is None else average
+        expected = ref.auc_loss(positive, negative, 1, 0, 1, 1, criterion.negative_weight, 1, "cosine", 0.1,
+                                average.log())
+        assert_close(call(criterion, form, x, y).detach(), expected)
+        average = 0.9 * average + 0.1 * now
+        assert criterion.stats["u"] == pytest.approx(average.log().item(), abs=1e-10)
+    call(criterion.eval(), form, *embeddings(form, 4, 6, seed=9))
+    assert criterion.stats["u"] == pytest.approx(average.log().item(), abs=1e-10)  # only training moves it
+
+
+def test_large_batches_take_the_pairs_within_blocks(monkeypatch):
+    monkeypatch.setattr(auccl_loss, "BLOCK", 9)
+    views = normal(3, 7, 4)  # 21 views: blocks of 3, 2 and 2 images
+    cosines = torch.cat([ref.symmetric_pairs(*views[:, rows])[1] for rows in ([0, 1, 2], [3, 4], [5, 6])])
+    views = unit_rows(views)
+    assert_close(log_mean_exp(views, views, 0.1, same_view=True), (cosines / 0.1).exp().mean().log())
+    monkeypatch.setattr(auccl_loss, "BLOCK", 1)
+    assert log_mean_exp(views, views, 0.1).isfinite()  # no block of a single image
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_at_a_large_temperature_the_loss_is_equation_1(form):
+    x, y = embeddings(form, 5, 6)
+    losses = [call(AUCCLLoss(negative_weight=8.0, temperature=t).double(), form, x, y) for t in (None, 1e6)]
+    assert_close(losses[1], losses[0], 1e-5)
+    for mine, theirs in zip(gradients(losses[1], (x, y)), gradients(losses[0], (x, y))):
+        assert_close(mine, theirs, 1e-5)
 
 
 def test_released_cifar_equals_its_formula():
@@ -147,10 +218,10 @@ def test_first_and_second_derivatives(form, gram):
 
 
 @pytest.mark.parametrize("n", [3, 9])  # matrices of cosines, Gram matrices
-@pytest.mark.parametrize("form", FORMS)
-def test_torch_func_grad_equals_autograd(form, n):
+@pytest.mark.parametrize("form, preset", [*itertools.product(FORMS, ("paper", "hard"))])
+def test_torch_func_grad_equals_autograd(form, preset, n):
     x, y = embeddings(form, n, 6)
-    criterion = AUCCLLoss().double()
+    criterion = AUCCLLoss.preset(preset).double()
     expected, = gradients(call(criterion, form, x.detach(), y), (y,))
     assert_close(torch.func.grad(lambda y: call(criterion, form, x.detach(), y))(y.detach()), expected)
     assert criterion.stats["positive"] <= 1
@@ -167,21 +238,23 @@ def test_pair_auc_counts_couples():
     z0, z1 = embeddings("symmetric", 6, 3)
     positive, negative = ref.symmetric_pairs(z0, z1)
     couples = [(p > q).double() + 0.5 * (p == q).double() for p in positive for q in negative]
-    assert pair_auc(z0, z1, chunk=5) == pytest.approx(torch.stack(couples).mean().item(), abs=1e-12)
+    assert pair_auc(z0, z1) == pytest.approx(torch.stack(couples).mean().item(), abs=1e-12)
     same = torch.ones(4, 2)
     assert pair_auc(same, same) == 0.5  # all tied
 
 
 # ------------------------------------------------------------------------------------------- the saddle point
 
-@pytest.mark.parametrize("form, score, nu, kappa", [
-    ("symmetric", "cosine", 1.0, 1.0), ("teacher_student", "unit", 1.0, 1.0),
-    ("symmetric", "unit", 64.0, 1.0), ("teacher_student", "cosine", 16.0, 1.0),
-    ("symmetric", "cosine", "sum", "sum"),
+@pytest.mark.parametrize("form, score, nu, kappa, temperature", [
+    ("symmetric", "cosine", 1.0, 1.0, None), ("teacher_student", "unit", 1.0, 1.0, None),
+    ("symmetric", "unit", 64.0, 1.0, None), ("teacher_student", "cosine", 16.0, 1.0, None),
+    ("symmetric", "cosine", "sum", "sum", None),
+    ("symmetric", "cosine", 8.0, 1.0, 0.1), ("teacher_student", "unit", 2.0, 1.0, 0.3),
 ])
-def test_plain_steps_reach_the_saddle_which_is_the_square_surrogate(form, score, nu, kappa):
-    """At fixed embeddings, by SGD at one step size for every nu."""
-    criterion = AUCCLLoss(negative_weight=nu, margin_negative_weight=kappa, score=score).double()
+def test_plain_steps_reach_the_saddle_which_is_the_square_surrogate(form, score, nu, kappa, temperature):
+    """At fixed embeddings, by SGD at one step size for every nu. A temperature: of the hardest negatives."""
+    criterion = AUCCLLoss(negative_weight=nu, margin_negative_weight=kappa, score=score,
+                          temperature=temperature).double()
     x, y = (z.detach() for z in embeddings(form, 6, 4))
     optimizer = torch.optim.SGD(criterion.parameters(), lr=0.4)
     for _ in range(60):
@@ -189,11 +262,15 @@ def test_plain_steps_reach_the_saddle_which_is_the_square_surrogate(form, score,
         call(criterion, form, x, y).backward()
         optimizer.step()
     positive, negative = (ref.SCORES[score](cosines) for cosines in pairs(form, x, y))
-    violation = 1 - positive.mean() + (10 if kappa == "sum" else kappa) * negative.mean()
+    hardest = negative.mean()
+    if temperature:
+        hardest = temperature * (negative / temperature).exp().mean().log()
+    violation = 1 - positive.mean() + (10 if kappa == "sum" else kappa) * hardest
     for weight, value in zip(criterion.parameters(), (positive.mean(), negative.mean(), violation)):
         assert_close(weight.detach(), value, 1e-8)
     if kappa == 1:
         expected = ref.surrogate(positive, negative, 1.0) + (nu - 1) * negative.var(correction=0)
+        expected += violation**2 - (1 - positive.mean() + negative.mean())**2  # 0 without a temperature
         assert_close(call(criterion, form, x, y).detach(), expected, 1e-8)
 
 
@@ -264,15 +341,29 @@ def test_collapse_is_no_minimum_of_the_defaults():
     teacher = torch.zeros(1, 6, 2, dtype=torch.float64)
     teacher[..., 0] = 1
 
-    def collapsed_loss(kappa, nu, c):
+    def collapsed_loss(kappa, nu, c, temperature=None):
         student = torch.tensor([c, math.sqrt(1 - c * c)], dtype=torch.float64).expand(2, 6, 2)
         criterion = AUCCLLoss(a=c, b=c, alpha=1 - c + kappa * c, negative_weight=nu,
-                              margin_negative_weight=kappa)
+                              margin_negative_weight=kappa, temperature=temperature)
         return criterion.double().teacher_student(teacher, student).item()
     assert collapsed_loss(kappa=4.0, nu=4.0, c=-1 / 3) == pytest.approx(0, abs=1e-12)
     for c in (-0.9, -1 / 3, 0.0, 0.5, 1.0):
         loss = collapsed_loss(kappa=AUCCLLoss().margin_negative_weight, nu=4.0, c=c)
         assert loss == pytest.approx(1, abs=1e-12)
+        loss = collapsed_loss(kappa=1.0, nu=4.0, c=c, temperature=0.1)
+        assert loss == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("views", [2, 3])
+def test_hard_leaves_collapse(views):
+    """Embeddings that are all but equal fall apart under plain steps."""
+    criterion, z = AUCCLLoss.preset("hard").double(), torch.nn.Parameter(1 + 1e-3 * normal(6, 8))
+    optimizer = torch.optim.SGD([{"params": [z], "lr": 2.0}, *criterion.param_groups(lr=0.05)])
+    for _ in range(100):
+        optimizer.zero_grad()
+        criterion(*[z] * views).backward()
+        optimizer.step()
+    assert criterion.stats["positive"] > 0.9 and criterion.stats["negative"] < 0.1
 
 
 # ----------------------------------------------------------------------------------------------- unbiasedness
@@ -284,23 +375,48 @@ def batch_gradients(loss, network, views, variables, size):
     return torch.stack([torch.cat([g.reshape(-1) for g in grad]) for grad in grads]).mean(0)
 
 
-@pytest.mark.parametrize("size", range(2, 7))
-@pytest.mark.parametrize("nu, kappa", [(16.0, 1.0), (4.0, 4.0)])
-def test_every_batch_size_is_unbiased(size, nu, kappa):
+def relative_bias(loss, network, views, size):
+    variables = list(network.parameters())
+    population = batch_gradients(loss, network, views, variables, len(views[0]))
+    return (batch_gradients(loss, network, views, variables, size) - population).norm() / population.norm()
+
+
+def small_network():
     network = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)).double()
     for index, p in enumerate(network.parameters()):
         p.data = normal(*p.shape, seed=index)
-    views = [normal(6, 4, seed=1), normal(6, 4, seed=2)]
+    return network
+
+
+@pytest.mark.parametrize("size", range(2, 7))
+@pytest.mark.parametrize("nu, kappa", [(16.0, 1.0), (4.0, 4.0)])
+def test_every_batch_size_is_unbiased(size, nu, kappa):
+    network, views = small_network(), [normal(6, 4, seed=1), normal(6, 4, seed=2)]
     criterion = AUCCLLoss(a=0.3, b=0.1, alpha=0.6, negative_weight=nu, margin_negative_weight=kappa).double()
     variables = [*network.parameters(), criterion.a, criterion.b, criterion.alpha]
     population = batch_gradients(criterion, network, views, variables, 6)
     assert_close(batch_gradients(criterion, network, views, variables, size), population)
 
-    variables = list(network.parameters())
-    population = batch_gradients(ref.nt_xent, network, views, variables, 6)
-    bias = batch_gradients(ref.nt_xent, network, views, variables, size) - population
-    bias = bias.norm() / population.norm()
-    assert bias > 0.02 if size < 6 else bias == 0  # the same enumeration sees NT-Xent's bias
+    assert (relative_bias(ref.nt_xent, network, views, size) > 0.02) == (size < 6)  # bias is seen
+
+
+@pytest.mark.parametrize("size", range(2, 6))
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_hard_negatives_are_unbiased_where_logs_of_batch_means_are_not(temperature, size):
+    network, views = small_network(), [normal(6, 4, seed=1), normal(6, 4, seed=2)]
+    criterion = AUCCLLoss(a=0.3, b=0.1, alpha=0.6, temperature=temperature).double().eval()
+    _, negative = ref.symmetric_pairs(*map(network, views))
+    criterion.u = (negative / temperature).exp().mean().log().detach().requires_grad_()
+    variables = [*network.parameters(), *criterion.parameters(), criterion.u]
+    population = batch_gradients(criterion, network, views, variables, 6)
+    assert_close(batch_gradients(criterion, network, views, variables, size), population)
+
+    def of_this_batch(z0, z1):  # u from the batch itself
+        z = unit_rows(torch.stack([z0, z1]))
+        hardest = temperature * log_mean_exp(z, z, temperature, same_view=True)
+        return hardest - symmetric_moments(*z).positive_mean
+    for loss in (of_this_batch, lambda z0, z1: ref.dcl(z0, z1, temperature)):
+        assert relative_bias(loss, network, views, size) > 1e-3
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -335,10 +451,10 @@ def test_low_precision_inputs_and_autocast(preset, form, dtype):
     assert y.grad.dtype == dtype and y.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form, preset", [*itertools.product(FORMS, ("paper", "hard"))])
 @pytest.mark.parametrize("n", [2, 30])
 @pytest.mark.parametrize("kind", ["equal", "zero", "one zero", "large"])
-def test_degenerate_embeddings_stay_finite(form, n, kind):
+def test_degenerate_embeddings_stay_finite(form, preset, n, kind):
     x, y = (z.detach().float() for z in embeddings(form, n, 8))
     if kind == "equal":
         x[:], y[:] = 1.0, 1.0
@@ -349,14 +465,24 @@ def test_degenerate_embeddings_stay_finite(form, n, kind):
     else:
         x, y = x * 1e15, y * 1e15
     x, y = x.requires_grad_(), y.requires_grad_()
-    criterion = AUCCLLoss()
+    criterion = AUCCLLoss.preset(preset)
     loss = call(criterion, form, x, y)
     loss.backward()
-    assert loss.isfinite() and y.grad.isfinite().all() and criterion.b.grad.isfinite()
+    assert loss.isfinite() and y.grad.isfinite().all() and criterion.alpha.grad.isfinite()
     if kind == "one zero":
         assert (y.grad[..., 0, :] == 0).all()  # a zero row has no direction to improve
     if kind == "equal":
-        assert loss.item() == pytest.approx(16 + 2 - 1, rel=1e-5)  # nu (1 - b)^2 + 2 alpha m - alpha^2
+        expected = criterion.negative_weight + 2 - 1  # nu (1 - b)^2 + 2 alpha m - alpha^2
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_overflow_at_a_low_temperature_when_embeddings_collapse_at_once():
+    criterion = AUCCLLoss(temperature=0.01)
+    for spread in (1.0, 0.0, 1.0):
+        z = torch.lerp(torch.ones(8, 8), torch.eye(8), spread).requires_grad_()
+        loss = criterion(z, z)
+        loss.backward()
+        assert loss.isfinite() and z.grad.isfinite().all() and criterion.u.isfinite()
 
 
 @pytest.mark.parametrize("x, y, message", [
@@ -389,11 +515,17 @@ def test_bad_teacher_student(teacher, student, message):
 @pytest.mark.parametrize("arguments, message", [
     (dict(learn=("a", "beta")), "beta"), (dict(score="angle"), "angle"),
     (dict(negative_weight="mean"), "mean"), (dict(margin_negative_weight=-1.0), "positive"),
-    (dict(a=math.nan), "finite"), (dict(margin=math.inf), "finite"),
+    (dict(a=math.nan), "finite"), (dict(margin=math.inf), "finite"), (dict(temperature=0.0), "temperature"),
 ])
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         AUCCLLoss(**arguments)
+
+
+@pytest.mark.parametrize("views", [[], [torch.zeros(3, 4)]])
+def test_one_view_has_no_positive(views):
+    with pytest.raises(ValueError, match="two views"):
+        AUCCLLoss()(*views)
 
 
 def test_presets_refuse_what_they_are_not():

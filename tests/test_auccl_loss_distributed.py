@@ -2,11 +2,12 @@
 import copy
 import pickle
 
+import auccl_loss
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from auccl_loss import AUCCLLoss
+from auccl_loss import AUCCLLoss, log_mean_exp, unit_rows
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,9 +26,11 @@ def inputs(step):
     return [image + 0.3 * torch.randn(N, 6, generator=generator) for _ in range(2)]
 
 
-def train(form, dim, world, rows, steps):
-    """The first step's loss and gradients on these rows of every batch, and a, b, alpha after each step."""
-    model, criterion = network(dim), AUCCLLoss()
+def train(form, dim, preset, world, rows, steps):
+    """The first step's loss, gradients and u on these rows of every batch; a, b, alpha, u after each step."""
+    model, criterion = network(dim), AUCCLLoss.preset(preset, learn=("a", "b", "alpha"))
+    if preset == "hard":
+        criterion.u.fill_(3.0)
     wrapped = DistributedDataParallel(model) if world > 1 else model
     optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.05)
     weights = []
@@ -38,9 +41,10 @@ def train(form, dim, world, rows, steps):
                 criterion.teacher_student(torch.stack([z1, z0]), torch.stack([z0, z1, z0 + z1.flip(1)])))
         loss.backward()
         if step == 0:
-            first = [loss.detach(), *(p.grad.clone() for p in (*model.parameters(), *criterion.parameters()))]
+            first = [loss.detach(), *(p.grad.clone() for p in (*model.parameters(), *criterion.parameters())),
+                     *criterion.buffers()]
         optimizer.step()
-        weights.append(torch.stack([*criterion.parameters()]).detach())
+        weights.append(torch.stack([*criterion.parameters(), *criterion.buffers()]).detach())
     return first, torch.stack(weights)
 
 
@@ -56,16 +60,20 @@ def run_ranks(folder, world, function, *args):
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
-def train_rank(rank, world, form, dim, ends):
-    return train(form, dim, world, slice(([0, *ends])[rank], ends[rank]), steps=8)
+def train_rank(rank, world, form, dim, ends, preset):
+    return train(form, dim, preset, world, slice(([0, *ends])[rank], ends[rank]), steps=8)
 
 
-@pytest.mark.parametrize("form", ["symmetric", "teacher_student"])
-@pytest.mark.parametrize("dim, ends", [(8, [12, N]), (8, [5, 12, N]), (WIDE, [12, N]), (WIDE, [5, 12, N])])
-def test_ranks_equal_one_process(tmp_path, form, dim, ends):
-    """By Gram matrices and by gathered rows, with equal and unequal numbers of images."""
-    ranks = run_ranks(tmp_path, len(ends), train_rank, form, dim, ends)
-    alone, _ = train(form, dim, 1, slice(0, N), steps=1)
+@pytest.mark.parametrize("form, views", [("symmetric", 2), ("teacher_student", 3)])
+@pytest.mark.parametrize("dim, ends, preset", [
+    (8, [12, N], "paper"), (8, [5, 12, N], "paper"), (WIDE, [12, N], "paper"), (WIDE, [5, 12, N], "paper"),
+    (8, [12, N], "hard")])
+def test_ranks_equal_one_process(tmp_path, monkeypatch, form, views, dim, ends, preset):
+    """By Gram matrices and by gathered rows, with equal and unequal numbers of images. The exponentials of
+    `hard` see each rank's own images: one process takes them by blocks of as many."""
+    ranks = run_ranks(tmp_path, len(ends), train_rank, form, dim, ends, preset)
+    monkeypatch.setattr(auccl_loss, "BLOCK", views * N // 2)
+    alone, _ = train(form, dim, preset, 1, slice(0, N), steps=1)
     for first, weights in ranks:
         assert torch.equal(first[0], ranks[0][0][0]) and torch.equal(weights, ranks[0][1])  # bitwise
         for ours, reference in zip(first, alone, strict=True):
@@ -86,24 +94,32 @@ def local_rank(rank, world):
         losses.append(criterion(*views))
         losses[-1].backward()
         grads.append(criterion.b.grad)
-    released = AUCCLLoss.preset("released-imagenet")
+    released, hard = AUCCLLoss.preset("released-imagenet"), AUCCLLoss.preset("hard", gather=False)
     released.teacher_student(torch.stack(views), torch.stack(views))
+    hard(*views)
     with pytest.raises(RuntimeError, match="differ between ranks"):
         AUCCLLoss(a=float(rank))(*views)
-    return torch.stack(losses).detach(), torch.stack(grads), released.center
+    with pytest.raises(ValueError, match="two images"):
+        AUCCLLoss.preset("hard")(views[0][:1], views[1][:1])
+    return torch.stack(losses).detach(), torch.stack(grads), released.center, hard.u
 
 
 def test_local_negatives_with_averaged_gradients_also_of_copies_and_equal_starts(tmp_path):
     ranks = run_ranks(tmp_path, 2, local_rank)
-    grads, means = [], []
-    for (losses, _, _), rows in zip(ranks, (slice(0, 10), slice(10, N))):
+    grads, means, log_means = [], [], []
+    for (losses, *_), rows in zip(ranks, (slice(0, 10), slice(10, N))):
         views = [view[rows] for view in inputs(0)]
+        z = unit_rows(torch.stack(views))
+        log_means.append(log_mean_exp(z, z, 0.1, same_view=True))
         means.append(torch.stack(views).mean((0, 1)))
         criteria = *copies(AUCCLLoss()), AUCCLLoss.preset("released-cifar")
         alone = [criterion(*views) for criterion in criteria]
         grads.append(torch.stack([torch.autograd.grad(loss, criterion.b)[0]
                                   for loss, criterion in zip(alone, criteria)]))
         torch.testing.assert_close(losses, torch.stack(alone).detach())  # of this rank's images alone
-    for _, b_grads, center in ranks:
+    u = sum(log_means) / 2  # the start; then towards the ranks' mean
+    u = (0.9 * u.exp() + 0.1 * torch.stack(log_means).exp().mean()).log()
+    for _, b_grads, center, hard_u in ranks:
+        torch.testing.assert_close(hard_u, u)
         torch.testing.assert_close(b_grads, sum(grads) / 2)  # yet the weights move together
         torch.testing.assert_close(center, 0.1 * sum(means) / 2)
