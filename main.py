@@ -24,6 +24,8 @@ RECIPES = {
     "released-imagenet": dict(out_dim=65536, learn=(), weights_lr=None, rand_augment="rand-n2-m10-mstd0.5",
                               erasing=0.2),
 }
+RECIPES["hard"] = RECIPES["paper"] | {"learn": ("a", "alpha")}
+RECIPES["poster"] = RECIPES["paper"] | {"learn": ("b", "alpha")}
 FREE_ON_RESUME = ("output_dir", "data_path", "device", "dist_url", "local_rank", "num_workers", "print_freq",
                   "save_every", "saveckp_freq", "knn_every", "knn_data_path", "skip_bad_images", "download")
 

@@ -207,7 +207,7 @@ def add_objective_flags(parser, recipes: dict) -> None:
 
 def complete_objective_flags(args: argparse.Namespace, recipes: dict) -> None:
     """Fills in what the preset decides. UserError for flags that contradict it."""
-    if args.preset != "paper":
+    if args.preset.startswith("released"):
         refuse(args, ("negative_weight", "margin_negative_weight", "score"),
                f"with --preset {args.preset}, which fixes it")
     if args.learn and "none" in args.learn:

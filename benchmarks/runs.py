@@ -121,6 +121,16 @@ def all_images() -> list[Config]:
             Config("AUC-CL, 2048-1024, a b alpha held", held(AUC_CL | wide))]
 
 
+def hard_negatives() -> list[Config]:
+    """The partial AUC (preset hard, its settings chosen on training images) beside the softmax losses."""
+    wide = {"projector": WIDE, "lr": 8e-3}
+    methods = {"AUC-CL hard": ("AUCCLLoss", {}, wide | {"preset": "hard", "weights_lr": 1e-3}),
+               "AUC-CL": ("AUCCLLoss", {}, wide | {"weights_lr": 4e-3}),
+               "DCL": METHODS["DCL"], "NT-Xent": ("NTXentLoss", {"temperature": 0.1}, wide)}
+    return [Config(f"{name} s{seed}", flags | {"seed": seed}, loss, options)
+            for seed in (0, 1) for name, (loss, options, flags) in methods.items()]
+
+
 def convergence() -> list[Config]:
     """Every method as tuned; AUC-CL also as it is best on all images; the released preset's own recipe."""
     return [*(Config(name, flags, loss, options) for name, (loss, options, flags) in METHODS.items()),
@@ -130,4 +140,4 @@ def convergence() -> list[Config]:
 
 STUDIES = {"tuning": Study(tuning()), "ablation": Study(ablation()), "batch_size": Study(batch_size()),
            "longer": Study(longer(), epochs=20), "convergence": Study(convergence(), images=0),
-           "all_images": Study(all_images(), images=0)}
+           "all_images": Study(all_images(), images=0), "hard": Study(hard_negatives(), images=0)}

@@ -29,6 +29,8 @@ RECIPES = {
         projector=(512, 128), batch_size=128, epochs=500, lr=1e-3, schedule="constant", warmup_epochs=0.0,
         weight_decay=1e-4, crop_scale=(0.08, 1.0), weights_lr=1e-3, learn=("b",)),
 }
+RECIPES["hard"] = RECIPES["paper"] | {"learn": ("a", "alpha")}
+RECIPES["poster"] = RECIPES["paper"] | {"learn": ("b", "alpha")}
 FREE_ON_RESUME = ("output_dir", "data_path", "device", "save_every")
 PAIR_IMAGES = 512  # test images whose pairs the AUC is taken over
 EVAL_BATCH = 512
