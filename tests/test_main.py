@@ -152,7 +152,8 @@ def test_contradictions_on_resume(images, finished, tmp_path):
     output = shutil.copytree(finished[0], tmp_path / "run")
     arguments = flags(images, output, *finished[2])
     assert "--seed 0 there, 1 here" in refusal([*arguments, "--seed", "1"])
-    assert "trained on other images (number there: 21, here: 11)" in refusal([*arguments, "--data_path", str(images / "val")])
+    other = [*arguments, "--data_path", str(images / "val")]
+    assert "trained on other images (number there: 21, here: 11)" in refusal(other)
     assert "batches of 6 images, here they have 3" in refusal([*arguments, "--batch_size_per_gpu", "3"])
     (output / "checkpoint.pth").write_bytes(b"broken")
     assert "damaged or no checkpoint" in refusal(arguments)

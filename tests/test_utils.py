@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from utils import UserError
 
 RECIPES = {"paper": {"learn": ("a", "b"), "weights_lr": 0.1, "lr": 1e-3},
-           "other": {"learn": (), "weights_lr": 0.0, "lr": 1e-2}}
+           "released-x": {"learn": (), "weights_lr": 0.0, "lr": 1e-2}}
 
 
 def run_script(function, capfd, code=2, **environment):
@@ -127,10 +127,10 @@ def test_presets_fill_in_the_flags_that_are_not_given():
     args, parser = objective("--negative_weight", "sum")
     assert (args.learn, args.weights_lr, args.lr) == (["a", "b"], 0.1, 1e-3)
     assert utils.objective_arguments(args) == {"negative_weight": "sum", "learn": ("a", "b")}
-    assert "rate (default: 0.001 for paper, 0.01 for other)" in parser.format_help()
-    assert objective("--preset", "other", "--lr", "2")[0].lr == 2
+    assert "rate (default: 0.001 for paper, 0.01 for released-x)" in parser.format_help()
+    assert objective("--preset", "released-x", "--lr", "2")[0].lr == 2
     assert objective("--learn", "none")[0].learn == []
-    for argv, message in ((["--preset", "other", "--score", "unit"], "--score cannot be used with --preset"),
+    for argv, message in ((["--preset", "released-x", "--score", "unit"], "--score cannot be used with"),
                           (["--learn", "none", "a"], "--learn none contradicts"),
                           (["--learn", "none", "--weights_lr", "1"], "--weights_lr cannot be used with")):
         with pytest.raises(UserError, match=message):
