@@ -177,9 +177,10 @@ def train_one_epoch(run, save, interruption):
         if run.step % NOTE_EVERY == 0:
             bar.set_postfix_str(f"loss {run.sums[0].item() / run.step:.4g}", refresh=False)
         due = args.save_every and run.step % args.save_every == 0 and run.step < run.steps
-        if due or interruption.signal:
+        interrupted = interruption.signal  # read once: a signal that comes later waits for the next step
+        if due or interrupted:
             save()
-        if interruption.signal:
+        if interrupted:
             interruption.exit(f"saved after step {run.step}/{run.steps} of epoch {run.epoch + 1}; the same "
                               "command resumes")
 

@@ -132,6 +132,26 @@ def test_a_signal_saves_and_leaves(images, uninterrupted, tmp_path, no_curves, s
     assert_same_bits(output, uninterrupted[0])
 
 
+def test_a_signal_between_two_looks_never_exits_without_a_save(images, tmp_path):
+    class Late:
+        """A signal that arrives after the first look at it in a step."""
+        looks, saved = 0, []
+
+        @property
+        def signal(self):
+            self.looks += 1
+            return None if self.looks == 1 else signal.SIGTERM
+
+        def exit(self, message):
+            assert self.saved, message
+            raise SystemExit
+    late = Late()
+    run = main.Run(main.parse_args(flags(images, tmp_path / "run")))
+    with pytest.raises(SystemExit):
+        main.train_one_epoch(run, lambda: late.saved.append(run.step), late)
+    assert late.saved == [run.step] == [2]
+
+
 def test_a_full_disk_keeps_what_was_saved(images, tmp_path, no_curves):
     arguments = flags(images, tmp_path / "run", "--schedule", "constant")
     main.main([*arguments, "--epochs", "1"])
