@@ -1,10 +1,11 @@
-"""Views per second of SimCLRAugmentation against torchvision's transforms on PIL images, on one CPU thread.
+"""Views per second of SimCLRAugmentation against torchvision's transforms on PIL images.
 
     python benchmarks/augmentation.py
     python benchmarks/augmentation.py --batch_size 512 --repeats 20
+    python benchmarks/augmentation.py --device cuda        # ours there; PIL stays on the CPU
 
-Both make CIFAR-size SimCLR views of random images, in turns so that a change of the machine's speed meets
-both; the medians count.
+Both make CIFAR-size SimCLR views of random images, on one CPU thread, in turns so that a change of the
+machine's speed meets both; the medians count.
 """
 import argparse
 import sys
@@ -27,6 +28,7 @@ def get_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--batch_size", default=256, type=int, help="images per batch; each gives two views")
     parser.add_argument("--repeats", default=10, type=int, help="timed batches of each implementation")
+    parser.add_argument("--device", default="cpu", help="device of ours, cpu or cuda")
     return parser.parse_args()
 
 
@@ -51,10 +53,11 @@ def main():
     torch.zeros(7_000_000)
     images = torch.randint(0, 256, (args.batch_size, 3, 32, 32), dtype=torch.uint8)
     augment, generator = SimCLRAugmentation(size=32), torch.Generator().manual_seed(0)
-    candidates = {"ours": lambda: augment(images, generator),
+    on_device = images.to(args.device)
+    candidates = {"ours": lambda: augment(on_device, generator),
                   "torchvision on PIL": torchvision_on_pil(images)}
     times = {name: wall for name, (wall, _) in alternate(candidates, args.repeats, warmup=2).items()}
-    print(f"{machine()}, torchvision {torchvision.__version__}; batch {args.batch_size}")
+    print(f"{machine()}, torchvision {torchvision.__version__}; {args.device}, batch {args.batch_size}")
     views = 2 * args.batch_size
     for name, elapsed in times.items():
         print(f"{name:>20}: {views / median(elapsed):8.0f} views/s "

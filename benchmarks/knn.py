@@ -2,10 +2,11 @@
 
     python benchmarks/knn.py                                          # 50,000 x 10,000 images, 1,000 classes
     python benchmarks/knn.py --bank 10000 --queries 2000 --runs 5     # seconds
+    python benchmarks/knn.py --device cuda
 
 The dense vote is the usual code: for a hundredth of the queries at a time, the neighbours' classes as a
 one-hot tensor [q, k, C] times their weights, a sum over neighbours, a sort over classes. Runs alternate,
-medians are printed. Memory is the peak of a fresh process above what it held before the call.
+medians are printed. Memory is the peak of a fresh process, or of the GPU, above what it held before the call.
 """
 import argparse
 import functools
@@ -28,7 +29,7 @@ def ours(bank, bank_labels, queries, query_labels, k, num_classes):
 
 @torch.no_grad()
 def dense(bank, bank_labels, queries, query_labels, k, num_classes, temperature=0.07):
-    size, hits = max(1, len(queries) // 100), torch.zeros(2)
+    size, hits = max(1, len(queries) // 100), torch.zeros(2, device=bank.device)
     for chunk, truth in zip(queries.split(size), query_labels.split(size)):
         cos, index = (chunk @ bank.T).topk(k)                                           # [q, k]
         one_hot = F.one_hot(bank_labels[index], num_classes).float()                    # [q, k, C]
@@ -41,19 +42,20 @@ def dense(bank, bank_labels, queries, query_labels, k, num_classes, temperature=
 METHODS = {"ours": ours, "dense": dense}
 
 
-def problem(bank, queries, dim, num_classes, k):
+def problem(bank, queries, dim, num_classes, k, device):
     """Arguments of a method: features of length one around random class centres."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(num_classes, dim, generator=generator)
     labels = [torch.randint(num_classes, (count,), generator=generator) for count in (bank, queries)]
     features = [F.normalize(centres[classes] + 4 * torch.randn(len(classes), dim, generator=generator), dim=1)
                 for classes in labels]
-    return features[0], labels[0], features[1], labels[1], min(k, bank), num_classes
+    tensors = (tensor.to(device) for pair in zip(features, labels) for tensor in pair)
+    return *tensors, min(k, bank), num_classes
 
 
 def make_call(name, sizes):
     """A call of a method, without arguments, for `extra_memory`."""
-    METHODS[name](*problem(2000, 200, 64, 10, 10))  # loads what torch loads late
+    METHODS[name](*problem(2000, 200, 64, 10, 10, sizes[-1]))  # loads what torch loads late
     return functools.partial(METHODS[name], *problem(*sizes))
 
 
@@ -62,17 +64,18 @@ def main():
     for name, default in (("bank", 50000), ("queries", 10000), ("dim", 512), ("classes", 1000), ("k", 200),
                           ("runs", 3), ("threads", torch.get_num_threads())):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"{machine()}; {vars(args)}")
-    sizes = args.bank, args.queries, args.dim, args.classes, args.k
+    sizes = args.bank, args.queries, args.dim, args.classes, args.k, args.device
     arguments = problem(*sizes)
     for name, method in METHODS.items():
         print("{}: top-1 {:.2f}, top-5 {:.2f}".format(name, *method(*arguments)), flush=True)
     calls = {name: functools.partial(method, *arguments) for name, method in METHODS.items()}
-    for name, times in alternate(calls, args.runs, warmup=0).items():
+    for name, times in alternate(calls, args.runs, warmup=1 if args.device != "cpu" else 0).items():
         wall, cpu = map(statistics.median, times)
-        memory = extra_memory(make_call, name, sizes)
+        memory = extra_memory(make_call, name, sizes, device=args.device)
         print(f"{name:5}  median {wall:7.2f} s  CPU {cpu:7.2f} s  extra memory {memory:6.0f} MB")
 
 

@@ -32,16 +32,22 @@ def write_table(path: Path, rows: list[dict]) -> None:
     utils.replace_file(path, write)
 
 
+def synchronize() -> None:
+    """Waits for the GPU, if this process uses one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def alternate(functions: dict, runs: int, warmup: int = 1) -> dict:
     """Times functions (name -> callable without arguments) in turns, A B A B ..., so that a change in the
-    machine's speed meets all alike: name -> (list of wall seconds, list of CPU seconds), without warm-up."""
+    machine's speed meets all alike: name -> (list of wall seconds, list of CPU seconds), without warm-up.
+    A call ends when the GPU has done what it asked for."""
     wall, cpu = ({name: [] for name in functions} for _ in range(2))
     for run in range(warmup + runs):
         for name, function in functions.items():
             start = time.perf_counter(), time.process_time()
             function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            synchronize()
             if run >= warmup:
                 wall[name].append(time.perf_counter() - start[0])
                 cpu[name].append(time.process_time() - start[1])
@@ -53,15 +59,22 @@ def median_wall(times: dict) -> dict:
     return {name: statistics.median(wall) for name, (wall, _) in times.items()}
 
 
-def matrix_rate(dtype: torch.dtype, device="cpu", size: int = 2048, runs: int = 10) -> float:
+def matrix_rate(dtype: torch.dtype, device="cpu", runs: int = 10) -> float:
     """FLOP/s of a product of two square matrices, the best of `runs`: what torch gets out of the hardware."""
-    x, y = (torch.randn(size, size).to(device, dtype) for _ in range(2))
+    size = 2048 if device == "cpu" else 8192
+    x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / min(alternate({"product": lambda: x @ y}, runs, warmup=2)["product"][0])
 
 
-def extra_memory(prepare, *args) -> float:
-    """MB by which a call raises the peak memory of a fresh process (Linux). `prepare(*args)`, a module's
-    function, returns the call; what it holds itself is not counted."""
+def extra_memory(prepare, *args, device="cpu") -> float:
+    """MB by which a call raises the peak memory of a fresh process (Linux), or of the GPU. `prepare(*args)`,
+    a module's function, returns the call; what it holds itself is not counted."""
+    if device != "cpu":
+        call = prepare(*args)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_extra_memory, (torch.get_num_threads(), prepare, *args))
 

@@ -2,6 +2,7 @@
 
     python benchmarks/training_step.py                                   # ResNet-18, a minute
     python benchmarks/training_step.py --arch small resnet50 --batch_size 256
+    python benchmarks/training_step.py --device cuda --runs 20
 
 Ours is main.py's own step, bf16 where the hardware has it. The plain step augments with torchvision on PIL
 images, within the step, since loader workers would take their time from the same cores. Steps alternate,
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils  # noqa: E402
 from benchmarks.augmentation import torchvision_on_pil  # noqa: E402
-from benchmarks.measure import alternate, machine, matrix_rate, median_wall  # noqa: E402
+from benchmarks.measure import alternate, extra_memory, machine, matrix_rate, median_wall  # noqa: E402
 from cifar import main as cifar  # noqa: E402
 from cifar.data import ImageData  # noqa: E402
 
@@ -52,13 +53,13 @@ def main(argv=None):
     add = parser.add_argument
     add("--arch", nargs="+", default=["resnet18"], help="networks of cifar/main.py")
     add("--batch_size", type=utils.number(int, 2, 10**6), default=128, help="images per step")
-    add("--runs", type=utils.positive_int, default=3, help="timed steps of each, after one that warms up")
+    add("--runs", type=utils.positive_int, default=3, help="timed steps of each, after two that warm up")
     add("--device", default="cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
     print(f"{machine()}; {args.device}, batch {args.batch_size}, medians of {args.runs} steps", flush=True)
     for arch in args.arch:
         ours, plain, dtype = make_steps(arch, args.batch_size, args.device)
-        times = median_wall(alternate({"ours": ours, "plain": plain}, args.runs))
+        times = median_wall(alternate({"ours": ours, "plain": plain}, args.runs, warmup=2))
         with FlopCounterMode(display=False) as counter:
             ours()
         reached, rate = counter.get_total_flops() / times["ours"], matrix_rate(dtype, args.device)
@@ -66,6 +67,8 @@ def main(argv=None):
         print(f"{arch}: ours {speed['ours']:.1f} images/s, plain {speed['plain']:.1f}, ratio "
               f"{speed['ours'] / speed['plain']:.2f}; {reached / 1e9:.0f} GFLOP/s, "
               f"{100 * reached / rate:.0f} % of a matrix product's {rate / 1e9:.0f} in {dtype}", flush=True)
+        if args.device != "cpu":
+            print(f"{arch}: a step adds {extra_memory(lambda: ours, device=args.device):.0f} MB", flush=True)
 
 
 if __name__ == "__main__":
