@@ -72,7 +72,7 @@ class FourthMoment(AUCCLLoss):
 
     def forward(self, *views: Tensor) -> Tensor:
         _, cosines, negative = negative_cosines(*views)
-        return super().forward(*views) + self.weight * cosines[negative].pow(4).mean()
+        return super().forward(*views) + self.weight * (cosines.pow(4) * negative).sum() / negative.sum()
 
 
 class PerAnchor(AUCCLLoss):
