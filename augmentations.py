@@ -337,7 +337,7 @@ class SimCLRAugmentation(torch.nn.Module):
 
 class Crops(NamedTuple):
     """The crops of one photograph; default_collate puts the batch in front."""
-    global_crops: torch.Tensor  # [2, 3, G, G] uint8
+    global_crops: torch.Tensor  # [2 or more, 3, G, G] uint8
     local_crops: torch.Tensor   # [L, 3, l, l] uint8
 
     def to(self, device):
@@ -353,17 +353,20 @@ class MultiCrop:
 
     global_size, local_size: sides in pixels. global_scale, local_scale: ranges of the crop's fraction of the
     area. local_number: of small crops, 0 or more. rand_augment: timm's name of a RandAugment, such as
-    "rand-n2-m10-mstd0.5", to be applied to the global crops. ValueError for impossible values.
+    "rand-n2-m10-mstd0.5", to be applied to the global crops. global_number: of large crops, at least 2.
+    ValueError for impossible values.
     """
 
     def __init__(self, global_size=224, global_scale=(0.4, 1.0), local_size=96, local_scale=(0.05, 0.4),
-                 local_number=8, rand_augment=None):
+                 local_number=8, rand_augment=None, global_number=2):
         _check_sizes(global_size=global_size, local_size=local_size)
         _check_ranges(global_scale=global_scale, local_scale=local_scale)
-        if local_number < 0:
-            raise ValueError(f"local_number must be at least 0, got {local_number}")
-        self.global_size, self.local_size, self.local_number = global_size, local_size, local_number
-        scales = torch.tensor([global_scale] * 2 + [local_scale] * local_number)
+        if local_number < 0 or global_number < 2:
+            raise ValueError("local_number must be at least 0 and global_number at least 2, "
+                             f"got {local_number} and {global_number}")
+        self.global_size, self.local_size = global_size, local_size
+        self.global_number, self.local_number = global_number, local_number
+        scales = torch.tensor([global_scale] * global_number + [local_scale] * local_number)
         self.scale = scales[:, :1], scales[:, 1:]
         self.rand_augment = rand_augment and _rand_augment(rand_augment)
 
@@ -372,14 +375,14 @@ class MultiCrop:
         if image.mode != "RGB":
             raise ValueError(f"MultiCrop takes RGB images, got mode {image.mode}; convert it first")
         generator = torch.Generator().manual_seed(seed)
-        boxes = draw_boxes(2 + self.local_number, *image.size[::-1], self.scale, CROP_RATIO, generator)
+        boxes = draw_boxes(len(self.scale[0]), *image.size[::-1], self.scale, CROP_RATIO, generator)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [3, H, W], channels last in memory
-        crops = Crops(torch.empty(2, 3, self.global_size, self.global_size, dtype=torch.uint8),
-                      torch.empty(self.local_number, 3, self.local_size, self.local_size, dtype=torch.uint8))
+        crops = Crops(*(torch.empty(number, 3, size, size, dtype=torch.uint8) for number, size in
+                        ((self.global_number, self.global_size), (self.local_number, self.local_size))))
         for crop, box in zip((*crops.global_crops, *crops.local_crops), boxes.int().tolist()):
             crop.copy_(resized_crop(pixels, box, crop.shape[-1]))
         if self.rand_augment:
-            seeds = torch.randint(2**32, (2,), generator=generator)
+            seeds = torch.randint(2**32, (self.global_number,), generator=generator)
             for crop, crop_seed in zip(crops.global_crops, seeds.tolist()):
                 crop.copy_(_rand_augmented(crop, self.rand_augment, crop_seed))
         return crops
@@ -436,20 +439,22 @@ class MultiCropAugmentation(torch.nn.Module):
         ]
 
     def forward(self, crops, generator, rank=0, world=1):
-        """Crops of this rank's B photographs -> 2 + L views, float32 [B, 3, S, S] each, global views first.
+        """Crops of this rank's B photographs -> G + L views, float32 [B, 3, S, S] each, global views first.
+        Global views are by turns of DINO's two kinds.
 
         generator: torch.Generator on the CPU, the only source of randomness, in the same state on all ranks.
         Each draws for world * B photographs and keeps its own part, so the number of ranks does not matter.
         ValueError for crops that are no batch of MultiCrop's.
         """
-        _check_images("global_crops", crops.global_crops, "B23SS")
+        _check_images("global_crops", crops.global_crops, "BG3SS")
         _check_images("local_crops", crops.local_crops, "BL3SS")
-        batch, number = len(crops.global_crops), crops.local_crops.shape[1]
-        if not 0 <= rank < world or crops.global_crops.shape[1] != 2 or len(crops.local_crops) != batch:
+        batch, (large, small) = len(crops.global_crops), (field.shape[1] for field in crops)
+        if not 0 <= rank < world or large < 2 or len(crops.local_crops) != batch:
             raise ValueError(f"no batch of rank {rank} of {world}: {[list(field.shape) for field in crops]}")
         views = []
         with torch.autocast(crops.global_crops.device.type, enabled=False):  # bfloat16 is coarser than 8 bits
-            for images, kinds in ((crops.global_crops, [0, 1]), (crops.local_crops, [2] * number)):
+            for images, kinds in ((crops.global_crops, [view % 2 for view in range(large)]),
+                                  (crops.local_crops, [2] * small)):
                 drawn = draw(self.operations, kinds, batch, images.shape[-1], generator, rank, world)
                 changed = apply(self.operations, drawn, images.flatten(0, 1).float().div_(255))
                 views += changed.view(images.shape).unbind(1)       # [B, V, 3, S, S] -> V of [B, 3, S, S]

@@ -73,7 +73,8 @@ def parse_args(argv=None):
     add("--seed", type=non_negative_int, default=0, help="seed of weights, order, views and stochastic depth")
 
     add = parser.add_argument_group("views").add_argument
-    add("--global_crops_size", type=positive_int, default=224, help="pixels a side of the two global views")
+    add("--views", type=utils.number(int, 2, 64), help="global views, with --teacher none (default: 2)")
+    add("--global_crops_size", type=positive_int, default=224, help="pixels a side of a global view")
     add("--global_crops_scale", **span, default=[0.4, 1.0], help="share of the image's area in a global view")
     add("--local_crops_number", type=non_negative_int, default=8, help="local views, seen by the student")
     add("--local_crops_size", type=positive_int, default=96, help="pixels a side of a local view")
@@ -106,6 +107,9 @@ def complete_args(args):
         utils.refuse(args, ("amp",), "with --use_fp16")
         args.amp, args.use_fp16 = "fp16" if args.use_fp16 else "none", None
     args.amp = args.amp or "auto"
+    if args.teacher == "ema":
+        utils.refuse(args, ("views",), "with a teacher, which sees two; use --local_crops_number")
+    args.views = args.views or 2
     if args.teacher == "none":
         args.local_crops_number = 0
         if args.preset == "released-imagenet":
@@ -148,7 +152,7 @@ class MultiCropImages(Dataset):
 
     def __init__(self, args):
         self.crop = MultiCrop(args.global_crops_size, args.global_crops_scale, args.local_crops_size,
-                              args.local_crops_scale, args.local_crops_number, args.rand_augment)
+                              args.local_crops_scale, args.local_crops_number, args.rand_augment, args.views)
         self.folder, self.skip_bad = args.data_path, args.skip_bad_images
         if args.dataset:
             self.source = build_dataset(args.dataset, self.folder, "train", download=args.download)
@@ -178,7 +182,7 @@ class Run:
     """A training run, built from the flags: data, networks, objective, optimiser, and how far it has come.
 
     Another objective replaces `criterion`. It is called as criterion.teacher_student(targets, embeddings) or
-    criterion(z0, z1), and has `means`, the last mean positive and negative score, and `param_groups(lr)`,
+    criterion(z0, z1, ...), and has `means`, the last mean positive and negative score, and `param_groups(lr)`,
     of its own parameters, whose gradients must be equal on all ranks.
     """
 

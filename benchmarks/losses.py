@@ -1,8 +1,10 @@
 """The losses beside AUC-CL in the benchmarks: lightly's by the name of their class, and those in OURS.
 
-To add one, put a class in OURS that has what Peer has: forward(z0, z1), param_groups(lr), and means after a
+To add one, put a class in OURS that has what Peer has: forward(*views), param_groups(lr), and means after a
 call.
 """
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +30,11 @@ class Peer(nn.Module):
         super().__init__()
         self.loss = loss
 
-    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+    def forward(self, *views: Tensor) -> Tensor:
         """[n, D], [n, D] -> scalar; `means` [2]: mean cosine of positive and of negative pairs."""
+        if len(views) != 2:
+            raise utils.UserError(f"lightly's losses take two views, got {len(views)}; leave --views out")
+        z0, z1 = views
         with torch.autocast(z0.device.type, enabled=False):
             z0, z1 = z0.float(), z1.float()
             n, u0, u1 = len(z0), unit_rows(z0.detach()), unit_rows(z1.detach())
@@ -58,4 +63,44 @@ class ClosedForm(AUCCLLoss):
         return super()._objective(moments)
 
 
-OURS = {"ClosedForm": ClosedForm}
+class FourthMoment(AUCCLLoss):
+    """AUC-CL with `weight` times E-[cos^4] added, which large negative cosines dominate."""
+
+    def __init__(self, weight: float, **options):
+        super().__init__(**options)
+        self.weight = weight
+
+    def forward(self, *views: Tensor) -> Tensor:
+        _, cosines, negative = negative_cosines(*views)
+        return super().forward(*views) + self.weight * (cosines.pow(4) * negative).sum() / negative.sum()
+
+
+class PerAnchor(AUCCLLoss):
+    """AUC-CL that weighs the negatives' spread of anchor z by 1 / (z . C z), mean 1: as in a softmax, every
+    anchor is measured by its own negatives. C is the Gram matrix of earlier batches, a moving average."""
+
+    def __init__(self, dim: int, decay: float = 0.9, **options):
+        super().__init__(**options)
+        self.register_buffer("gram", torch.zeros(dim, dim))
+        self.decay = decay
+
+    def forward(self, *views: Tensor) -> Tensor:
+        z, cosines, negative = negative_cosines(*views)
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            weights = 1 / ((z @ self.gram) * z).sum(1).clamp(min=1e-6)      # [V n]; equal on the first batch
+            weights = weights / weights.mean()
+            self.gram.lerp_(z.T @ z / len(z), 1 - self.decay)
+        spread = ((cosines - self.b.detach()).square() * negative).sum(1) / negative.sum(1)
+        return super().forward(*views) + self.negative_weight * ((weights - 1) * spread).mean()
+
+
+def negative_cosines(*views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The unit rows of all V views [V n, D], their cosines and which of them are negative pairs [V n, V n]."""
+    with torch.autocast(views[0].device.type, enabled=False):
+        z = torch.cat([unit_rows(view) for view in views])
+        same_image = torch.eye(len(views[0]), dtype=torch.bool, device=z.device)
+        return z, z @ z.T, ~same_image.repeat(len(views), len(views))
+
+
+OURS = {"ClosedForm": ClosedForm, "FourthMoment": FourthMoment, "PerAnchor": PerAnchor,
+        "Hard": partial(AUCCLLoss.preset, "hard")}

@@ -121,14 +121,99 @@ def all_images() -> list[Config]:
             Config("AUC-CL, 2048-1024, a b alpha held", held(AUC_CL | wide))]
 
 
+# The partial AUC (preset hard, its settings chosen on training images) and the softmax losses, alike but for
+# the loss: name -> (loss, options, flags).
+ALIKE = {"projector": WIDE, "lr": 8e-3}
+HARD = {
+    "AUC-CL hard": ("AUCCLLoss", {}, ALIKE | {"preset": "hard", "weights_lr": 1e-3}),
+    "AUC-CL": ("AUCCLLoss", {}, ALIKE | {"weights_lr": 1e-3}),
+    "DCL": ("DCLLoss", {"temperature": 0.1}, ALIKE),
+    "NT-Xent": ("NTXentLoss", {"temperature": 0.1}, ALIKE),
+}
+
+
+def seeded(configs, *seeds: int) -> list[Config]:
+    """Every run with every seed, which its name ends with."""
+    return [config._replace(name=f"{config.name} s{seed}", flags=config.flags | {"seed": seed})
+            for seed in seeds for config in configs]
+
+
 def hard_negatives() -> list[Config]:
-    """The partial AUC (preset hard, its settings chosen on training images) beside the softmax losses."""
-    wide = {"projector": WIDE, "lr": 8e-3}
-    methods = {"AUC-CL hard": ("AUCCLLoss", {}, wide | {"preset": "hard", "weights_lr": 1e-3}),
-               "AUC-CL": ("AUCCLLoss", {}, wide | {"weights_lr": 4e-3}),
-               "DCL": METHODS["DCL"], "NT-Xent": ("NTXentLoss", {"temperature": 0.1}, wide)}
-    return [Config(f"{name} s{seed}", flags | {"seed": seed}, loss, options)
-            for seed in (0, 1) for name, (loss, options, flags) in methods.items()]
+    """On all images, where faster weights suit (1)."""
+    changes = {"AUC-CL": {"weights_lr": 4e-3}}
+    return seeded([Config(name, flags | changes.get(name, {}), loss, options)
+                   for name, (loss, options, flags) in HARD.items()], 0, 1, 2)
+
+
+def hard_tuning() -> list[Config]:
+    """Single changes of the preset hard on all images, and of the softmax losses. To choose by --held_out."""
+    def hard(flags={}, **options):
+        return "Hard", options, ALIKE | {"weights_lr": 1e-3} | flags
+
+    def softmax(loss, temperature=0.1, **flags):
+        return loss, {"temperature": temperature}, ALIKE | flags
+
+    changes = {
+        "hard": hard(), "hard, all held": hard(learn=()), "hard, a held": hard(learn=("alpha",)),
+        "hard, alpha held": hard(learn=("a",)), "hard, b learned": hard(learn=("a", "b", "alpha")),
+        **{f"hard, weights_lr {rate:g}": hard({"weights_lr": rate}) for rate in (4e-3, 1e-2)},
+        **{f"hard, T {t}": hard(temperature=t) for t in (0.07, 0.15, 0.2)},
+        **{f"hard, nu {nu}": hard(negative_weight=nu) for nu in (2.0, 4.0, 16.0)},
+        **{f"hard, kappa {kappa}": hard(margin_negative_weight=kappa) for kappa in (0.5, 2.0)},
+        **{f"hard, lr {lr:g}": hard({"lr": lr}) for lr in (4e-3, 6e-3, 1.2e-2)},
+    }
+    for name, loss in {"DCL": "DCLLoss", "NT-Xent": "NTXentLoss"}.items():
+        changes |= {name: softmax(loss), **{f"{name}, T {t}": softmax(loss, t) for t in (0.07, 0.15, 0.2)},
+                    **{f"{name}, lr {lr:g}": softmax(loss, lr=lr) for lr in (4e-3, 6e-3, 1.2e-2)}}
+    return seeded([Config(name, flags, loss, options)
+                   for name, (loss, options, flags) in changes.items()], 0, 1)
+
+
+def hard_batch(sizes) -> list[Config]:
+    """HARD's methods at the batch sizes, for equal epochs; the longest runs first."""
+    return [run for size in sizes for run in seeded(
+        [Config(f"{name} b{size}", at_batch_size(flags, size), loss, options)
+         for name, (loss, options, flags) in HARD.items()], 0, 1)]
+
+
+def views() -> list[Config]:
+    """V views: at 512 views a step with equal epochs, or with equal views seen (20, 10 and 5 epochs); at 256
+    images a step with equal epochs. DCL, which takes two views, beside them."""
+    settings = [(2, 256, 20), (4, 128, 10), (8, 64, 5), (8, 256, 5), (4, 256, 5), (2, 256, 5), (4, 128, 5)]
+    configs = [Config(f"{name} V{v} b{size} e{epochs}",
+                      HARD[name][2] | {"views": v, "batch_size": size, "epochs": epochs}, *HARD[name][:2])
+               for v, size, epochs in settings for name in ("AUC-CL hard", "AUC-CL")]
+    configs += [Config(f"DCL V2 b256 e{epochs}", ALIKE | {"epochs": epochs}, *HARD["DCL"][:2])
+                for epochs in (20, 5)]
+    return seeded(configs, 0, 1)
+
+
+def with_small(lr: float) -> list[Config]:
+    """HARD's methods with the larger network `small` at another learning rate, a, b and alpha at half of it."""
+    names = "AUC-CL hard", "DCL", "NT-Xent"
+    return [Config(name, HARD[name][2] | {"arch": "small", "lr": lr, "weights_lr": lr / 2}, *HARD[name][:2])
+            for name in names]
+
+
+def small_tuning() -> list[Config]:
+    """Learning rates for `small`. To choose by --held_out."""
+    return [run._replace(name=f"{run.name} lr{lr:g}") for lr in (2e-3, 4e-3, 8e-3) for run in with_small(lr)]
+
+
+def variants() -> list[Config]:
+    """Other ways to hard negatives, and the poster's printed loss."""
+    fast = {"learn": "a alpha", "weights_lr": 1e-2}
+    per_anchor = {"dim": int(WIDE.split()[1])}
+    ours = ALIKE | {"weights_lr": 1e-3}
+    return seeded([
+        *(Config(name, flags, loss, options) for name, (loss, options, flags) in HARD.items()),
+        *(Config(f"fourth moment {weight}, nu 8", ours, "FourthMoment",
+                 {"weight": weight, "negative_weight": 8.0}) for weight in (40, 80)),
+        *(Config(f"b held, a and alpha fast, nu {nu}", ours | fast | {"negative_weight": nu})
+          for nu in (8, 16)),
+        *(Config(f"per anchor, nu {nu}", ours, "PerAnchor", per_anchor | {"negative_weight": float(nu)})
+          for nu in (8, 16)),
+        Config("poster", ours | {"preset": "poster"})], 0, 1)
 
 
 def convergence() -> list[Config]:
@@ -140,4 +225,9 @@ def convergence() -> list[Config]:
 
 STUDIES = {"tuning": Study(tuning()), "ablation": Study(ablation()), "batch_size": Study(batch_size()),
            "longer": Study(longer(), epochs=20), "convergence": Study(convergence(), images=0),
-           "all_images": Study(all_images(), images=0), "hard": Study(hard_negatives(), images=0)}
+           "all_images": Study(all_images(), images=0), "hard": Study(hard_negatives(), images=0),
+           "hard_tuning": Study(hard_tuning(), images=0),
+           "hard_batch": Study(hard_batch((16, 32, 64, 128, 256, 512))),
+           "hard_small": Study(hard_batch((8, 16)), epochs=20),
+           "views": Study(views()), "variants": Study(variants()), "small_tuning": Study(small_tuning()),
+           "long": Study(seeded(with_small(4e-3), 0, 1), images=0, epochs=12)}

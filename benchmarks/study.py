@@ -1,18 +1,23 @@
-"""Trains the runs of a study with cifar/main.py's loop, one after the other: AUC-CL beside lightly's losses.
+"""Trains the runs of studies with cifar/main.py's loop: AUC-CL beside lightly's losses.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/study.py tuning                                       # CIFAR-10, downloaded if missing
     python benchmarks/study.py batch_size --dataset folder --data_path DIR  # further flags: cifar/main.py's
     python benchmarks/study.py batch_size --only "s0$"                      # the runs whose names match
+    OMP_NUM_THREADS=1 python benchmarks/study.py views hard --processes 12  # side by side, on one GPU too
+    python benchmarks/study.py hard_tuning --held_out 5000                  # to choose settings
     python benchmarks/pictures.py cifar/results/studies                     # then: pictures of all tables
 
 Studies are in runs.py, losses in losses.py. Written to --output_dir: STUDY.csv, a row per epoch of every
 finished run, with linear accuracy in its last; STUDY/RUN/, a run's log. The same command again resumes: runs
-in the table are done. A failing run stops no other. Processes with the same command share the runs.
+in the table are done. A failing run stops no other.
 """
 import json
+import multiprocessing
 import re
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,8 +34,9 @@ from cifar.data import ImageData, load_data  # noqa: E402
 from data import split_by_class  # noqa: E402
 
 L2 = 1e-3           # weight decay of the linear probe
-SUBSET_STREAM = 7   # random stream of the choice of images
-COLUMNS = ("preset", "batch_size", "epochs", "lr", "projector", "seed")
+SUBSET_STREAM, HELD_OUT_STREAM = 7, 8   # random streams of the choice of images
+COLUMNS = ("preset", "arch", "views", "batch_size", "epochs", "lr", "projector", "seed")
+SUBSETS = {}        # images -> the data with so many training images; forked processes share the memory
 OF_AUCCL = ("weights_lr", "negative_weight", "margin_negative_weight", "learn", "score")  # empty elsewhere
 
 
@@ -51,13 +57,27 @@ def choose_images(data: ImageData, images: int) -> ImageData:
     """The data with `images` training images, as many of every class, always the same; 0: all."""
     if images == 0:
         return data
+    chosen, labels = draw_by_class(data, images, SUBSET_STREAM, "images")[0]
+    return data._replace(train=chosen, bank=chosen, bank_labels=labels)
+
+
+def hold_out(data: ImageData, images: int) -> ImageData:
+    """The data with `images` training images, chosen likewise, in the place of the test images; 0: as it is."""
+    if images == 0:
+        return data
+    test, (train, labels) = draw_by_class(data, images, HELD_OUT_STREAM, "held_out")
+    return ImageData(train, train, labels, *test)
+
+
+def draw_by_class(data: ImageData, images: int, stream: int, flag: str):
+    """As many training images of every class, `images` in all, and all others: twice (images, labels)."""
     counts = data.bank_labels.bincount()
     each = images // len(counts)
     if not 1 <= each <= counts.min():
-        raise utils.UserError(f"--images {images} is {each} per class; the smallest class has {counts.min()}")
-    generator = torch.Generator().manual_seed(utils.stream_seed(SUBSET_STREAM))
-    rows = split_by_class(data.bank_labels, lambda n: each, generator)[0].sort().values
-    return data._replace(train=data.bank[rows], bank=data.bank[rows], bank_labels=data.bank_labels[rows])
+        raise utils.UserError(f"--{flag} {images} is {each} per class; the smallest class has {counts.min()}")
+    generator = torch.Generator().manual_seed(utils.stream_seed(stream))
+    parts = split_by_class(data.bank_labels, lambda n: each, generator)
+    return [(data.bank[rows], data.bank_labels[rows]) for rows in (part.sort().values for part in parts)]
 
 
 def describe(config: Config, args) -> dict:
@@ -70,9 +90,10 @@ def describe(config: Config, args) -> dict:
     return row
 
 
-def train(config: Config, args, data: ImageData, criterion) -> list[dict]:
-    """Trains or resumes a run; its rows of the table."""
-    run, records = cifar.train(args, data, criterion)
+def train(config: Config, args, images: int) -> list[dict]:
+    """Trains or resumes a run on SUBSETS[images]; its rows of the table."""
+    criterion = None if config.loss == "AUCCLLoss" else build_loss(config.loss, **config.options)
+    run, records = cifar.train(args, SUBSETS[images], criterion)
     rows = [describe(config, args) | record for record in records]
     rows[-1]["linear"] = linear_accuracy(run)
     return rows
@@ -88,43 +109,72 @@ def linear_accuracy(run) -> float:
     return 100 * probe.score(((test - mean) / scale).numpy(), data.test_labels.numpy())
 
 
+def train_all(jobs, processes: int):
+    """Yields every (config, args, images) with its rows, or the UserError that ended it, as the runs end."""
+    def outcome(function, *job):
+        try:
+            return function(*job)
+        except utils.UserError as error:
+            return error
+
+    if processes == 1:
+        yield from ((job, outcome(train, *job)) for job in jobs)
+        return
+    try:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+            futures = {pool.submit(train, *job): job for job in jobs}
+            yield from ((futures[future], outcome(future.result)) for future in as_completed(futures))
+    except BrokenProcessPool as error:
+        raise utils.UserError("a run's process was killed, perhaps for want of memory; lower --processes and "
+                              "run the same command again") from error
+
+
 def main(argv=None):
     parser = utils.ArgumentParser(__doc__)
     add = parser.add_argument
-    add("study", choices=STUDIES, help="list of runs")
+    add("studies", choices=STUDIES, nargs="+", help="lists of runs")
     add("--only", metavar="REGEX", default="", help="pattern of the names of the runs to train")
     add("--images", type=utils.non_negative_int, help="training images; 0: all (default: the study's)")
+    add("--held_out", type=utils.non_negative_int, default=0, help="training images to test on, in the place "
+        "of the test images; the table is then STUDY_held_out.csv")
+    add("--processes", type=utils.positive_int, default=1, help="runs side by side, a process each")
     add("--keep_checkpoints", action="store_true", help="checkpoints of finished runs, for bias.py")
     add("--output_dir", type=utils.path, default=RESULTS, help="output folder")
     args, common = parser.parse_known_args(argv)
-    study, table = STUDIES[args.study], args.output_dir / f"{args.study}.csv"
-    configs = [config for config in study.configs if re.search(args.only, config.name)]
-    if not configs:
-        names = ", ".join(config.name for config in study.configs)
+    if args.processes > 1:
+        torch.set_num_threads(1)    # OpenMP's threads do not survive a fork
+    jobs = []
+    for name in args.studies:
+        study, folder = STUDIES[name], args.output_dir / (name + "_held_out" * bool(args.held_out))
+        images = study.images if args.images is None else args.images
+        jobs += [(config, parse_flags(config, study, common, folder), images)
+                 for config in study.configs if re.search(args.only, config.name)]
+    if not jobs:
+        names = ", ".join(config.name for name in args.studies for config in STUDIES[name].configs)
         raise utils.UserError(f"--only {args.only} matches none of {names}")
-    runs = [(config, parse_flags(config, study, common, args.output_dir / args.study),
-             None if config.loss == "AUCCLLoss" else build_loss(config.loss, **config.options))
-            for config in configs]
-    first = runs[0][1]
-    data = choose_images(load_data(first.dataset, first.data_path, first.image_size),
-                         study.images if args.images is None else args.images)
+    first = jobs[0][1]
+    data = hold_out(load_data(first.dataset, first.data_path, first.image_size), args.held_out)
+    SUBSETS.update({images: choose_images(data, images) for _, _, images in jobs})
+    jobs = [job for job in jobs if job[0].name not in {row["run"] for row in read_table(table_of(job[1]))}]
     failed = []
-    for config, flags, criterion in runs:
-        if config.name in {row["run"] for row in read_table(table)}:
-            continue
-        try:
-            rows = train(config, flags, data, criterion)
-        except utils.UserError as error:
+    for (config, flags, _), rows in train_all(jobs, args.processes):
+        if isinstance(rows, utils.UserError):
             failed.append(config.name)
-            print(f"{config.name}: {error}", file=sys.stderr, flush=True)
+            print(f"{config.name}: {rows}", file=sys.stderr, flush=True)
             continue
+        table = table_of(flags)
         write_table(table, read_table(table) + rows)    # read again: another process may have written to it
         print(f"{config.name}: linear accuracy {rows[-1]['linear']:.2f}", flush=True)
         if not args.keep_checkpoints:
             (flags.output_dir / "checkpoint.pth").unlink()
-    print(f"table: {table}", flush=True)
+    print(f"tables: {args.output_dir}", flush=True)
     if failed:
-        raise utils.UserError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; see above")
+        raise utils.UserError(f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}; see above")
+
+
+def table_of(args) -> Path:
+    """The table of a run's study, beside the folder of its runs."""
+    return args.output_dir.parent.with_suffix(".csv")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ def parse_args(argv=None):
     add("--arch", default="resnet50", help="resnet18, resnet34 or resnet50; for CPUs small or tiny")
     add("--projector", type=positive_int, nargs="+", help=recipe("widths of the head's layers", "projector"))
     add("--batch_size", type=utils.number(int, 2, 2**31), help=recipe("images per batch", "batch_size"))
+    add("--views", type=utils.number(int, 2, 64), default=2, help="views of an image per step; the time of a "
+        "step grows with them, images per second count images")
     add("--accum_iter", type=positive_int, default=1, help="gradient accumulation steps; negatives come from "
         "one batch, so it equals a larger batch in expectation, not in bits")
     add("--epochs", type=positive_int, help=recipe("passes over the data", "epochs"))
@@ -69,6 +71,8 @@ def parse_args(argv=None):
         help="output folder (default: results/DATASET_ARCH_PRESET_bBATCH_sSEED beside this script)")
     args = parser.parse_args(argv)
     utils.complete_objective_flags(args, RECIPES)
+    if args.views > 2 and args.preset == "released-cifar":
+        raise UserError("--preset released-cifar takes two views; leave --views out")
     if args.dataset == "shapes":
         utils.refuse(args, ("data_path", "image_size"), "with --dataset shapes, which is drawn at 32 pixels")
     utils.check_range(args, "crop_scale", 1)
@@ -166,9 +170,9 @@ def train_one_epoch(run, save, interruption):
         run.optimizer.zero_grad()
         for _ in range(args.accum_iter):
             images = run.data.train[next(batches)].to(run.device, non_blocking=True)  # uint8 [B, 3, S, S]
-            views = run.augment(images, generator)                                    # 2 of [B, 3, S, S]
+            views = run.augment(images, generator, args.views)                        # V of [B, 3, S, S]
             with utils.autocast(run.device, run.amp_dtype):
-                loss = run.criterion(*run.network(views))                             # [2, B, D] -> scalar
+                loss = run.criterion(*run.network(views))                             # [V, B, D] -> scalar
             (loss / args.accum_iter).backward()               # network, a, b descend; alpha ascends
             run.sums += torch.stack([loss.detach(), *run.criterion.means]) / args.accum_iter
         run.optimizer.step()
@@ -259,9 +263,9 @@ def train_epochs(run, checkpoint, log):
 def train(args, data: ImageData | None = None, criterion: torch.nn.Module | None = None):
     """Trains what the flags describe to the end, or resumes it. Returns the finished Run and its records.
 
-    data, criterion: replace those that the flags name. A criterion is called as criterion(z0, z1) and has,
-        like AUCCLLoss, `param_groups(lr)` for its own parameters, if any, and after a call `means`, the mean
-        positive and negative score.
+    data, criterion: replace those that the flags name. A criterion is called with the V views' embeddings
+        as criterion(z0, z1, ...) and has, like AUCCLLoss, `param_groups(lr)` for its own parameters, if any,
+        and after a call `means`, the mean positive and negative score.
     """
     distributed.init_distributed(args.device)
     if distributed.world_size() > 1:

@@ -20,6 +20,7 @@ from cifar import curves, main
 from cifar.data import load_data
 from conftest import ROOT, run_ranks
 from PIL import Image
+from references import auc_loss, symmetric_pairs
 
 TIMES = {"images_per_s", "seconds"}  # the only fields of a record that two equal runs may differ in
 UNINTERRUPTED = SimpleNamespace(signal=None)
@@ -228,6 +229,21 @@ def test_accumulated_batches_make_one_step(images, tmp_path):
         run.check_finite()
 
 
+@pytest.mark.parametrize("views", [2, 4])
+def test_a_step_takes_the_loss_over_all_its_views(images, tmp_path, views):
+    """Against every pair written out, on views drawn here one after the other."""
+    run = main.Run(main.parse_args(flags(images, tmp_path, "--views", str(views), "--amp", "none")))
+    generator = torch.Generator().manual_seed(utils.stream_seed(0, 0, 0))
+    batch = run.data.train[next(utils.epoch_batches(21, 5, seed=0, epoch=0))]
+    drawn = [run.augment(batch, generator, views=1)[0] for _ in range(views)]
+    embeddings = run.model.train()(drawn).double().detach()
+    nu, kappa = run.criterion.negative_weight, run.criterion.margin_negative_weight
+    expected = auc_loss(*symmetric_pairs(*embeddings), 1, 0, 1, 1, nu, kappa, "cosine")
+    run.steps = 1
+    main.train_one_epoch(run, save=None, interruption=UNINTERRUPTED)
+    assert run.sums[0].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_constant_schedule_warms_up_too(images, tmp_path):
     more = "--schedule", "constant", "--warmup_epochs", "0.5"  # 2 of 4 steps
     run = main.Run(main.parse_args(flags(images, tmp_path, *more)))
@@ -319,6 +335,8 @@ def test_curves_of_several_runs(uninterrupted, tmp_path, monkeypatch):
     (["--learn", "none", "--weights_lr", "0.1"], "--weights_lr"),
     (["--preset", "released-cifar", "--negative_weight", "4"], "--preset released-cifar"),
     (["--preset", "released-cifar", "--learn", "alpha"], "held"),
+    (["--preset", "released-cifar", "--views", "4"], "leave --views out"),
+    (["--views", "1"], "--views"),
     (["--negative_weight", "-4"], "--negative_weight"),
     (["--crop_scale", "0.5", "0.2"], "MIN <= MAX"),
     (["--crop_scale", "nan", "1"], "MIN <= MAX"),
@@ -360,6 +378,7 @@ def test_checkpoints_that_cannot_be_resumed(images, uninterrupted, tmp_path, mis
     output = shutil.copytree(uninterrupted[0], tmp_path / "run")
     arguments = flags(images, output)
     assert "--lr 0.002 there, 0.01 here" in mistake([*arguments, "--lr", "0.01"])
+    assert "--views 2 there, 4 here" in mistake([*arguments, "--views", "4"])
     assert "--epochs 3 there, 5 here" in mistake([*arguments, "--epochs", "5"])  # the cosine ends elsewhere
     shutil.copytree(images, tmp_path / "images")
     (tmp_path / "images" / "train" / "cat" / "3.png").unlink()

@@ -312,6 +312,7 @@ def test_help_does_not_import_torch():
     (["--batch_size_per_gpu", "1"], "--batch_size_per_gpu: must be a whole number from 2"),
     (["--preset", "released-imagenet", "--score", "unit"], "--score cannot be used with --preset"),
     (["--preset", "released-imagenet", "--teacher", "none"], "leave --teacher none out"),
+    (["--views", "4"], "--views cannot be used with a teacher"),
     (["--use_fp16", "true"], "--amp cannot be used with --use_fp16"),
     (["--arch", "vit_smal"], "unknown arch 'vit_smal': did you mean vit_small"),
     (["--global_crops_size", "20"], "20 is no multiple of the patch size 8"),
@@ -405,20 +406,21 @@ def test_the_teacher_is_the_students_ema(images, tmp_path, more):
     assert all(p.grad is None and not p.requires_grad for p in run.teacher.parameters())
 
 
-@pytest.mark.parametrize("teacher", ["ema", "none"])
-def test_loss_and_gradients_are_the_means_over_micro_batches(images, tmp_path, teacher):
+@pytest.mark.parametrize("teacher, more, views", [
+    ("ema", [], 4), ("none", [], 2), ("none", ["--views", "4"], 4)])
+def test_loss_and_gradients_are_the_means_over_micro_batches(images, tmp_path, teacher, more, views):
     """Of the objective that --teacher chooses, whose embeddings are computed here one view at a time."""
     run = make_run(images, tmp_path, "--accum_iter", "2", "--teacher", teacher, "--drop_path_rate", "0",
-                   "--clip_grad", "0", "--freeze_last_layer", "0")
+                   "--clip_grad", "0", "--freeze_last_layer", "0", *more)
     losses = []
-    for views in views_of_first_step(run):
-        student = torch.cat([run.student(view) for view in views])                 # [V, B, D]
+    for seen in views_of_first_step(run):
+        student = torch.cat([run.student(view) for view in seen])                  # [V, B, D]
         targets = student[:2].detach()                                          # the teacher starts as a copy
         losses.append(run.criterion.teacher_student(targets, student) if teacher == "ema"
                       else run.criterion(*student))
     parameters = [p for part in (run.student, run.criterion) for p in part.parameters() if p.requires_grad]
     expected = torch.autograd.grad(sum(losses) / 2, parameters)
-    assert len(student) == (4 if teacher == "ema" else 2)
+    assert len(student) == views
     assert step(run) == pytest.approx(sum(losses).item() / 2, rel=1e-5)
     torch.testing.assert_close([p.grad for p in parameters], list(expected), rtol=1e-3, atol=1e-5)
 
