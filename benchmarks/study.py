@@ -14,10 +14,10 @@ in the table are done. A failing run stops no other.
 """
 import json
 import multiprocessing
+import multiprocessing.connection
 import re
+import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -109,24 +109,36 @@ def linear_accuracy(run) -> float:
     return 100 * probe.score(((test - mean) / scale).numpy(), data.test_labels.numpy())
 
 
-def train_all(jobs, processes: int):
-    """Yields every (config, args, images) with its rows, or the UserError that ended it, as the runs end."""
-    def outcome(function, *job):
+def train_all(jobs: list, processes: int):
+    """Yields every (config, args, images) with its rows, or the UserError that ended it, as the runs end.
+    Side by side each run has a forked process, which saves and leaves when this one ends."""
+    def outcome(job):
         try:
-            return function(*job)
+            return train(*job)
         except utils.UserError as error:
             return error
 
     if processes == 1:
-        yield from ((job, outcome(train, *job)) for job in jobs)
+        yield from ((job, outcome(job)) for job in jobs)
         return
-    try:
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
-            futures = {pool.submit(train, *job): job for job in jobs}
-            yield from ((futures[future], outcome(future.result)) for future in as_completed(futures))
-    except BrokenProcessPool as error:
-        raise utils.UserError("a run's process was killed, perhaps for want of memory; lower --processes and "
-                              "run the same command again") from error
+    context, waiting, running = multiprocessing.get_context("fork"), jobs[::-1], {}
+    former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly exit ends the children
+    while waiting or running:
+        while waiting and len(running) < processes:
+            job = waiting.pop()
+            receiver, sender = context.Pipe(duplex=False)
+            context.Process(target=lambda job, sender: sender.send(outcome(job)), args=(job, sender),
+                            daemon=True).start()
+            sender.close()
+            running[receiver] = job
+        for receiver in multiprocessing.connection.wait(running):
+            job = running.pop(receiver)
+            try:
+                yield job, receiver.recv()
+            except EOFError:
+                yield job, utils.UserError("its process died; see above, or lower --processes if memory ran "
+                                           "out, then run the same command again")
+    signal.signal(signal.SIGTERM, former)
 
 
 def main(argv=None):

@@ -1,6 +1,8 @@
 """The studies in benchmarks/: the driver, the bias estimate and the pictures."""
 import itertools
 import json
+import os
+import signal
 import sys
 
 import pytest
@@ -63,6 +65,16 @@ def test_a_study_gives_a_row_per_epoch_and_linear_accuracy_in_the_last(driver):
 def test_runs_side_by_side_give_the_rows_of_runs_in_turn(driver):
     rows = [driver(*flags, folder=flags[-1]) for flags in (["--processes", "1"], ["--processes", "2"])]
     assert len(rows[0]) == 6 and {str(row) for row in rows[0]} == {str(row) for row in rows[1]}
+
+
+def test_a_run_whose_process_dies_stops_no_other(driver, monkeypatch, capsys):
+    train = cifar.train
+    monkeypatch.setattr(cifar, "train", lambda args, *rest: os.kill(os.getpid(), signal.SIGKILL)
+                        if args.output_dir.name == "learned" else train(args, *rest))
+    with pytest.raises(UserError, match="1 of 2 runs failed: learned"):
+        driver("--processes", "2")
+    assert "learned: its process died" in capsys.readouterr().err
+    assert {row["run"] for row in read_table(driver.folder / "two.csv")} == {"closed"}
 
 
 def test_an_interrupted_study_resumes_inside_a_run(driver, monkeypatch):
