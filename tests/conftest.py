@@ -57,6 +57,11 @@ def refusal(function, *args, **kwargs) -> str:
     return utils.reason(error.value)
 
 
+def assert_same(state, other):
+    """The same keys and the same bits, all through."""
+    torch.testing.assert_close(state, other, rtol=0, atol=0)
+
+
 def run_ranks(function, world: int, *args) -> list:
     """`function(*args)` in `world` forked processes of a gloo group, of one thread each: the results by rank,
     which must pickle. The function asks `distributed.rank()`. An exception of a rank is raised here."""

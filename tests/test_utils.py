@@ -102,7 +102,7 @@ def test_values_that_flags_take():
     args = Namespace(scale=[0.5, 0.2], amp=None, off=False)
     assert refusal(utils.check_range, args, "scale", 1) == "--scale needs 0 < MIN <= MAX <= 1, got 0.5 0.2"
     utils.refuse(args, ("amp", "off"), "here")
-    assert refusal(utils.refuse, args, ("amp", "scale"), "here") == "--scale cannot be used here; leave it out"
+    assert refusal(utils.refuse, args, ("amp", "scale"), "!") == "--scale cannot be used !; leave it out"
 
 
 def objective(*argv):
