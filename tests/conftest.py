@@ -57,6 +57,16 @@ def refusal(function, *args, **kwargs) -> str:
     return utils.reason(error.value)
 
 
+class Malicious:
+    """Makes a folder when a file that holds it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
 def assert_same(state, other):
     """The same keys and the same bits, all through."""
     torch.testing.assert_close(state, other, rtol=0, atol=0)

@@ -15,7 +15,7 @@ import interrupt
 import pytest
 import torch
 import utils
-from conftest import refusal
+from conftest import Malicious, refusal
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from utils import UserError
 
@@ -198,12 +198,8 @@ def test_checkpoints_that_are_refused(tmp_path):
     for content in (whole[:len(whole) // 2], b"", b"garbage", b"<html>", bytes(100)):
         path.write_bytes(content)
         assert re.search(f"{path} is .*damaged.*restore a copy", refusal(utils.load_checkpoint, path, "no!"))
-
-    class Malicious:
-        def __reduce__(self):
-            return tmp_path.joinpath("hacked").touch, ()
     for legacy in (False, True):
-        torch.save({"x": Malicious()}, path, _use_new_zipfile_serialization=not legacy)
+        torch.save({"x": Malicious(tmp_path / "hacked")}, path, _use_new_zipfile_serialization=not legacy)
         message = f"{path} holds more than tensors and plain data, which is not loaded; trust it"
         assert message in refusal(utils.load_checkpoint, path, "trust it")
     assert not (tmp_path / "hacked").exists()
