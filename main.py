@@ -182,8 +182,8 @@ class Run:
     """A training run, built from the flags: data, networks, objective, optimiser, and how far it has come.
 
     Another objective replaces `criterion`. It is called as criterion.teacher_student(targets, embeddings) or
-    criterion(z0, z1, ...), and has `means`, the last mean positive and negative score, and `param_groups(lr)`,
-    of its own parameters, whose gradients must be equal on all ranks.
+    criterion(z0, z1, ...), and has `means`, the last mean positive and negative score, and
+    `param_groups(lr)`, of its own parameters, whose gradients must be equal on all ranks.
     """
 
     def __init__(self, args, device):
