@@ -43,13 +43,12 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     utils.check_flags(parse_args)
 
-from contextlib import contextmanager  # noqa: E402
-
 import torch  # noqa: E402
 
 import data  # noqa: E402
 import distributed  # noqa: E402
 import pretrained  # noqa: E402
+from auccl_loss import exact_products  # noqa: E402
 
 DUMPS = "trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth"
 QUERIES = 256       # queries compared with the bank together
@@ -112,7 +111,7 @@ def _search(bank, queries, k):
     size = max(1, NUMBERS // max(QUERIES, bank.shape[1]))
     # one buffer for all products: fresh memory is slow on a CPU; and no autocast where `out` is given
     product = queries.new_empty(min(QUERIES, len(queries)), min(size, len(bank)))
-    with _no_tf32():
+    with exact_products():
         for start in range(0, len(bank), size):
             rows = _unit_rows(bank[start:start + size].to(queries.device))
             for chunk, best, nearest in zip(*(tensor.split(QUERIES) for tensor in (queries, cos, index))):
@@ -129,20 +128,6 @@ def _unit_rows(features):
     features = features.float()
     largest = torch.linalg.vector_norm(features, torch.inf, dim=1, keepdim=True)  # lest squares overflow
     return torch.nn.functional.normalize(features / largest.clamp_min(torch.finfo(torch.float32).tiny), dim=1)
-
-
-@contextmanager
-def _no_tf32():
-    """Turns off CUDA's TF32 products, which training may have turned on."""
-    matmul, name, off = torch.backends.cuda.matmul, "fp32_precision", "ieee"
-    if not hasattr(matmul, name):  # torch < 2.9
-        name, off = "allow_tf32", False
-    before = getattr(matmul, name)
-    setattr(matmul, name, off)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
 
 
 def _check(bank, bank_labels, queries, query_labels, ks, temperatures):
@@ -193,6 +178,7 @@ def compute_features(args, device, keep_on):
 def main(argv=None):
     args = parse_args(argv)
     device = distributed.init_distributed(args.device, args.dist_url)
+    utils.set_backends(device, deterministic=False, tf32=False)
     for folder in filter(None, (args.output_dir, args.dump_features)):
         folder.mkdir(parents=True, exist_ok=True)
     keep_on = device if args.use_cuda and device.type == "cuda" else torch.device("cpu")

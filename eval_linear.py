@@ -484,7 +484,7 @@ def evaluate_head(args, backbone: nn.Module, description: pretrained.Description
 def main(argv=None):
     args = parse_args(argv)
     device = distributed.init_distributed(args.device, args.dist_url)
-    torch.backends.cudnn.deterministic = True  # the same command gives the same bits
+    utils.set_backends(device, deterministic=True, tf32=False)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     writes = distributed.rank() == 0 and not args.evaluate
     with closing(utils.lock_folder(args.output_dir)) if writes else nullcontext():

@@ -26,8 +26,8 @@ RECIPES = {
 }
 RECIPES["hard"] = RECIPES["paper"] | {"learn": ("a", "alpha")}
 RECIPES["poster"] = RECIPES["paper"] | {"learn": ("b", "alpha")}
-FREE_ON_RESUME = ("output_dir", "data_path", "device", "dist_url", "local_rank", "num_workers", "print_freq",
-                  "save_every", "saveckp_freq", "knn_every", "knn_data_path", "skip_bad_images", "download")
+FREE_ON_RESUME = ("output_dir", "data_path", "deterministic", "device", "dist_url", "local_rank",
+                  "num_workers", "print_freq", "save_every", "saveckp_freq", "knn_every", "knn_data_path", "skip_bad_images", "download")
 
 
 def parse_args(argv=None):
@@ -71,6 +71,7 @@ def parse_args(argv=None):
     add("--grad_checkpointing", action="store_true", help="activation checkpointing: less memory, more time")
     add("--compile", action="store_true", help="compile the student: minutes at the start, then faster steps")
     add("--seed", type=non_negative_int, default=0, help="seed of weights, order, views and stochastic depth")
+    add("--deterministic", action="store_true", help="the same bits again on GPUs, too, with slower kernels")
 
     add = parser.add_argument_group("views").add_argument
     add("--views", type=utils.number(int, 2, 64), help="global views, with --teacher none (default: 2)")
@@ -189,7 +190,7 @@ class Run:
     def __init__(self, args, device):
         self.args, self.device = args, device
         self.amp_dtype = utils.select_amp(args.amp, device)
-        torch.backends.cudnn.deterministic = True
+        utils.set_backends(device, args.deterministic)
         # torch's fused attention is the slower one on CPUs in bf16, in the backward pass of short sequences
         set_fused_attn(device.type != "cpu" or self.amp_dtype is None)
         torch.manual_seed(args.seed)  # the same weights on all ranks
@@ -212,7 +213,7 @@ class Run:
         if args.grad_checkpointing:
             self.student.backbone.set_grad_checkpointing(True)
         for network in filter(None, (self.student, self.teacher)):
-            network.to(device, memory_format=torch.channels_last)
+            network.to(device, memory_format=utils.memory_format(network, device, self.amp_dtype))
             if world > 1 and device.type == "cuda":  # torch has no SyncBatchNorm for CPUs
                 convert_sync_batchnorm(network)
         self.network = torch.compile(self.student) if args.compile else self.student  # what the step calls

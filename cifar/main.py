@@ -31,7 +31,7 @@ RECIPES = {
 }
 RECIPES["hard"] = RECIPES["paper"] | {"learn": ("a", "alpha")}
 RECIPES["poster"] = RECIPES["paper"] | {"learn": ("b", "alpha")}
-FREE_ON_RESUME = ("output_dir", "data_path", "device", "save_every")
+FREE_ON_RESUME = ("output_dir", "data_path", "deterministic", "device", "save_every")
 PAIR_IMAGES = 512  # test images whose pairs the AUC is taken over
 EVAL_BATCH = 512
 NOTE_EVERY = 10    # steps between looks at the loss, each of which waits for the device
@@ -63,6 +63,7 @@ def parse_args(argv=None):
     add("--nb_knn", type=positive_int, default=200, help="neighbours that vote")
     add("--temperature", type=positive_float, default=0.07, help="temperature T of their votes exp(cos / T)")
     add("--seed", type=utils.non_negative_int, default=0, help="seed of weights, order and augmentation")
+    add("--deterministic", action="store_true", help="the same bits again on GPUs, too, with slower kernels")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--amp", choices=("auto", "bf16", "none"), default="auto", help="autocast; auto: bf16 if native")
     add("--compile", action="store_true", help="compile the network: minutes at the start, then faster steps")
@@ -105,14 +106,14 @@ class Run:
         self.args = args
         self.device = utils.select_device(args.device)
         self.amp_dtype = utils.select_amp(args.amp, self.device)
-        torch.backends.cudnn.deterministic = True  # the same command gives the same bits
+        utils.set_backends(self.device, args.deterministic)
         torch.manual_seed(args.seed)
         with utils.user_errors():
             criterion = criterion or AUCCLLoss.preset(args.preset, **utils.objective_arguments(args))
             backbone = build_backbone(f"cifar/{args.arch}")
         self.criterion = criterion.to(self.device)
         self.model = MultiCropNet(backbone, mlp_head(backbone.embed_dim, args.projector))
-        self.model.to(self.device, memory_format=torch.channels_last)
+        self.model.to(self.device, memory_format=utils.memory_format(self.model, self.device, self.amp_dtype))
         self.network = torch.compile(self.model) if args.compile else self.model
         self.data = data or load_data(args.dataset, args.data_path, args.image_size)
         self.data_checksum = [len(self.data.train), self.data.train.sum(dtype=torch.int64).item()]
@@ -169,10 +170,10 @@ def train_one_epoch(run, save, interruption):
         generator.manual_seed(utils.stream_seed(args.seed, run.epoch, step))
         run.optimizer.zero_grad()
         for _ in range(args.accum_iter):
-            images = run.data.train[next(batches)].to(run.device, non_blocking=True)  # uint8 [B, 3, S, S]
-            views = run.augment(images, generator, args.views)                        # V of [B, 3, S, S]
+            images = utils.send(run.data.train[next(batches)], run.device)     # uint8 [B, 3, S, S]
+            views = run.augment(images, generator, args.views)                 # V of [B, 3, S, S]
             with utils.autocast(run.device, run.amp_dtype):
-                loss = run.criterion(*run.network(views))                             # [V, B, D] -> scalar
+                loss = run.criterion(*run.network(views))                      # [V, B, D] -> scalar
             (loss / args.accum_iter).backward()               # network, a, b descend; alpha ascends
             run.sums += torch.stack([loss.detach(), *run.criterion.means]) / args.accum_iter
         run.optimizer.step()
