@@ -3,7 +3,7 @@
     python visualize.py attention --pretrained_weights checkpoint.pth --images a.jpg b.jpg     # attention.png
     python visualize.py patches --pretrained_weights checkpoint.pth --images *.jpg --resolution 448
     python visualize.py map --pretrained_weights checkpoint.pth --data_path LABELLED/val --method tsne
-    python visualize.py map --pretrained_weights checkpoint.pth --dataset cifar10              # its test images
+    python visualize.py map --pretrained_weights checkpoint.pth --dataset cifar10            # its test images
 
 attention: of the class token in the last block of a ViT, head by head, and the mean over heads.
 patches: the first three principal components of all images' patch tokens, as red, green and blue; of a
@@ -105,7 +105,7 @@ def image_grid(rows, title):
     figure = Figure((1.7 * len(rows[0]), 1.9 * len(rows) + 0.5), layout="compressed")
     for panels, row in zip(figure.subplots(len(rows), len(rows[0]), squeeze=False), rows):
         for panel, (image, label) in zip(panels, row):
-            panel.imshow(image, cmap="inferno", interpolation="nearest")
+            panel.imshow(image.numpy(), cmap="inferno", interpolation="nearest")
             panel.set_title(label, fontsize=8)
             panel.axis("off")
     figure.suptitle(textwrap.fill(title, max(40, 24 * len(rows[0]))), fontsize=10)
@@ -119,18 +119,18 @@ def image_picture(args, backbone, description, device):
     if size % patch:
         raise UserError(f"--resolution {size} is no multiple of the patch size {patch}")
     transform = data.eval_transform(size, description.mean, description.std)
-    images = torch.stack([transform(data.load_image(path)) for path in args.images])        # [B, 3, S, S]
+    images = torch.stack([transform(data.load_image(path)) for path in args.images])   # [B, 3, S, S]
     mean, std = (torch.tensor(values)[:, None, None] for values in (description.mean, description.std))
-    seen = (images * std + mean).clamp(0, 1).movedim(1, -1)                                  # [B, S, S, 3]
+    seen = (images * std + mean).clamp(0, 1).movedim(1, -1)                         # [B, S, S, 3]
     names = [path.stem if len(path.stem) <= 20 else f"{path.stem[:19]}…" for path in args.images]
     compute = last_attention if args.picture == "attention" else patch_features
     found = torch.cat([compute(backbone, image[None].to(device)).cpu() for image in images])
     network = f"{description.arch}, images of {size} pixels"
 
     if args.picture == "attention":
-        maps = 100 * found[:, :, 0, backbone.num_prefix_tokens:]                             # [B, heads, h * w]
+        maps = 100 * found[:, :, 0, backbone.num_prefix_tokens:]                    # [B, heads, h * w]
         maps = torch.cat([maps.mean(1, keepdim=True), maps], 1)
-        maps = maps.unflatten(2, (math.isqrt(maps.shape[2]), -1))                            # [B, 1 + heads, h, w]
+        maps = maps.unflatten(2, (math.isqrt(maps.shape[2]), -1))                   # [B, 1 + heads, h, w]
         rows = [[(image, name)] + [
             (values, f"{f'head {head}' if head else 'mean'}: {values.min():.2g} to {values.max():.2g} %")
             for head, values in enumerate(row)] for image, name, row in zip(seen, names, maps)]
@@ -172,7 +172,8 @@ def map_picture(args, backbone, description, device):
         points, title = tsne.fit_transform(features.numpy()), "t-SNE"
         axis.set(xticks=(), yticks=())
     else:
-        (points, shares), title = principal_components(features, 2), "PCA"
+        points, shares = principal_components(features, 2)
+        points, title = points.numpy(), "PCA"
         axis.set(xlabel=f"component 1 ({100 * shares[0]:.0f} % of the variance)",
                  ylabel=f"component 2 ({100 * shares[1]:.0f} %)")
     classes = images.classes or [f"class {label}" for label in range(max(images.targets) + 1)]
@@ -180,7 +181,7 @@ def map_picture(args, backbone, description, device):
     colours = matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20" if few else "hsv"]
     for label, name in enumerate(classes):
         colour = colours(label if few else label / len(classes))
-        axis.scatter(*points[labels == label].T, s=16, color=colour, alpha=0.8, linewidths=0, label=name)
+        axis.scatter(*points[(labels == label).numpy()].T, s=16, color=colour, alpha=0.8, lw=0, label=name)
     axis.set_aspect("equal")
     axis.set_title(f"{title} of the features of {len(points):,} images of {len(classes)} classes "
                    f"({description.arch})")
