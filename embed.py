@@ -59,18 +59,18 @@ from utils import UserError  # noqa: E402
 
 
 class Images(torch.utils.data.Dataset):
-    """(transformed image, True) of every path, or (zeros, False) and a note if it cannot be decoded."""
+    """(transformed image, True) of every file, or (zeros, False) and a note if it cannot be decoded."""
 
-    def __init__(self, paths, description, skip_bad):
-        self.paths, self.skip_bad, self.size = paths, skip_bad, description.image_size
+    def __init__(self, folder, files, description, skip_bad):
+        self.folder, self.files, self.skip_bad, self.size = folder, files, skip_bad, description.image_size
         self.transform = data.eval_transform(self.size, description.mean, description.std)
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.files)
 
     def __getitem__(self, index):
         try:
-            return self.transform(data.load_image(self.paths[index])), True
+            return self.transform(data.load_image(self.folder / self.files[index])), True
         except UserError as error:
             if not self.skip_bad:
                 raise UserError(f"{error}, or add --skip_bad_images") from error
@@ -124,8 +124,8 @@ def features_of_folder(args, files, backbone, description, batches):
         print(f"note: {path} is of this network and these files; remove it to compute it again", flush=True)
     if not same:
         record.unlink(missing_ok=True)
-        write_features(path, len(files), backbone.embed_dim, lambda rows: batches(
-            [args.data_path / files[row] for row in rows]))
+        write_features(path, len(files), backbone.embed_dim,
+                       lambda rows: batches(args.data_path, files[rows.start:rows.stop]))
         if distributed.rank() == 0:
             utils.replace_file(path.with_name("files.txt"), lambda file: file.write(listing), "wb")
             utils.replace_file(record, lambda file: file.write(made_by))
@@ -160,8 +160,8 @@ def write_neighbours(args, files, features, queries):
         for panel, (path, title) in zip(panels, shown):
             panel.imshow(ImageOps.fit(data.load_image(path), (160, 160)))
             panel.set_title(title, fontsize=9, fontweight="bold" if title == "query" else None, pad=3)
-            name = path.stem if len(path.stem) <= 18 else f"{path.stem[:17]}…"
-            panel.text(0.5, -0.03, name, fontsize=6, ha="center", va="top", transform=panel.transAxes)
+            panel.text(0.5, -0.03, utils.caption(path.stem, 18), fontsize=6, ha="center", va="top",
+                       transform=panel.transAxes)
         for panel in panels:
             panel.axis("off")
     path = args.output_dir / "neighbours.png"
@@ -179,8 +179,8 @@ def main(argv=None):
     backbone, description = pretrained.load_from_flags(args)
     backbone.to(device)
 
-    def batches(paths):
-        images = Images(paths, description, args.skip_bad_images)
+    def batches(folder, files):
+        images = Images(folder, files, description, args.skip_bad_images)
         for features, decoded in pretrained.feature_batches(
                 backbone, images, device, args.batch_size_per_gpu, args.num_workers,
                 utils.select_amp(args.amp, device)):
@@ -188,7 +188,7 @@ def main(argv=None):
 
     features = features_of_folder(args, files, backbone, description, batches)
     if args.query and distributed.rank() == 0:
-        write_neighbours(args, files, features, torch.cat([*batches(args.query)]))
+        write_neighbours(args, files, features, torch.cat([*batches(utils.Path(), args.query)]))
     if args.duplicates is not None:
         cosines, pairs = similar_pairs(features, args.duplicates, device)
         if distributed.rank() == 0:

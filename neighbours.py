@@ -16,7 +16,7 @@ import utils
 QUERIES = 256       # queries compared with the bank together
 NUMBERS = 2 ** 25   # numbers in each tensor held at once: 128 MB in float32
 SIDE = 2048         # rows of each side compared together in the search for pairs
-PAIRS = 10 ** 7     # pairs that a rank may hold
+PAIRS = 10 ** 6     # pairs that a rank may find
 
 
 @torch.no_grad()

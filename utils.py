@@ -585,6 +585,12 @@ def read_table(path: Path) -> dict[int, dict]:
         raise UserError(f"{path} is no table of epochs; move it away") from None
 
 
+def caption(name: str, length: int) -> str:
+    """A file's name in a picture: at most `length` characters, and no formula between dollar signs."""
+    name = os.fsencode(name).decode(errors="replace")
+    return (name if len(name) <= length else name[:length - 1] + "…").replace("$", r"\$")
+
+
 def progress(steps, done: int, total: int, title: str, quiet: bool = False):
     """A tqdm bar over `steps`, of which `done` of `total` were done before; in a file, a line a minute."""
     from tqdm import tqdm

@@ -122,7 +122,7 @@ def image_picture(args, backbone, description, device):
     images = torch.stack([transform(data.load_image(path)) for path in args.images])   # [B, 3, S, S]
     mean, std = (torch.tensor(values)[:, None, None] for values in (description.mean, description.std))
     seen = (images * std + mean).clamp(0, 1).movedim(1, -1)                         # [B, S, S, 3]
-    names = [path.stem if len(path.stem) <= 20 else f"{path.stem[:19]}…" for path in args.images]
+    names = [utils.caption(path.stem, 20) for path in args.images]
     compute = last_attention if args.picture == "attention" else patch_features
     found = torch.cat([compute(backbone, image[None].to(device)).cpu() for image in images])
     network = f"{description.arch}, images of {size} pixels"
@@ -181,7 +181,8 @@ def map_picture(args, backbone, description, device):
     colours = matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20" if few else "hsv"]
     for label, name in enumerate(classes):
         colour = colours(label if few else label / len(classes))
-        axis.scatter(*points[(labels == label).numpy()].T, s=16, color=colour, alpha=0.8, lw=0, label=name)
+        axis.scatter(*points[(labels == label).numpy()].T, s=16, color=colour, alpha=0.8, lw=0,
+                     label=utils.caption(name, 30))
     axis.set_aspect("equal")
     axis.set_title(f"{title} of the features of {len(points):,} images of {len(classes)} classes "
                    f"({description.arch})")

@@ -96,7 +96,7 @@ def test_planted_copies_come_first(tmp_path, capsys):
     photo(3).resize((60, 50)).save(folder / "resized of 3.png")
     photo(5).save(folder / "encoded of 5.jpg", quality=60)
     photo(7).crop((3, 2, 94, 77)).save(folder / "cropped of 7.png")
-    query = tmp_path / "query of 9.jpg"
+    query = tmp_path / "query of $9$ and $9{.jpg"
     photo(9, (128, 100)).save(query)
 
     _, files = run(folder, output, "--duplicates", 0.1, "--query", query, folder / "3.png", "--neighbours", 4)
