@@ -45,10 +45,16 @@ def init_distributed(device: str = "auto", dist_url: str = "env://") -> torch.de
     return chosen
 
 
-def leave() -> None:
-    """Leaves the process group, when all ranks have come here."""
+def barrier() -> None:
+    """Returns when all ranks have come here."""
     if world_size() > 1:
         dist.barrier()
+
+
+def leave() -> None:
+    """Leaves the process group, when all ranks have come here."""
+    barrier()
+    if world_size() > 1:
         dist.destroy_process_group()
 
 
@@ -96,6 +102,14 @@ def gather_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
     parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
     return torch.stack(parts, 1).flatten(0, 1)[:count]
+
+
+def gather_uneven(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks, one rank after the other, on every rank's CPU; each may have any number."""
+    parts = [rows.cpu()] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(parts, parts[0])
+    return torch.cat(parts)
 
 
 def _join(url: str, rank: int, world: int, device: torch.device) -> None:

@@ -48,11 +48,9 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import distributed  # noqa: E402
 import pretrained  # noqa: E402
-from auccl_loss import exact_products  # noqa: E402
+from neighbours import NUMBERS, nearest_rows  # noqa: E402
 
 DUMPS = "trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth"
-QUERIES = 256       # queries compared with the bank together
-NUMBERS = 2 ** 25   # numbers in each tensor held at once: 128 MB in float32
 
 
 def knn_accuracy(bank, bank_labels, queries, query_labels, ks=(10, 20, 100, 200), temperature=0.07,
@@ -87,7 +85,7 @@ def knn_sweep(bank, bank_labels, queries, query_labels, ks, temperatures, num_cl
     size = max(1, NUMBERS // (4 * max(most, num_classes)))
     hits = {(k, temperature): torch.zeros(2, device=device) for k in ks for temperature in temperatures}
     for block, truth in zip(*(distributed.share(rows).split(size) for rows in (queries, query_labels))):
-        cos, nearest = _search(bank, block.to(device), most)                            # [q, most] each
+        cos, nearest = nearest_rows(bank, block.to(device), most)                       # [q, most] each
         labels, truth = bank_labels[nearest], truth.to(device)[:, None]
         for temperature in temperatures:
             # relative to the nearest: the same ranking without overflow; and no vote vanishes
@@ -101,33 +99,6 @@ def knn_sweep(bank, bank_labels, queries, query_labels, ks, temperatures, num_cl
                 counted = k
     counts = distributed.sum_over_ranks(torch.stack(list(hits.values())))
     return dict(zip(hits, map(tuple, (100 * counts.cpu().double() / len(queries)).tolist())))
-
-
-def _search(bank, queries, k):
-    """Cosines (float32) and bank indices of each query's k <= N nearest rows, nearest first: [Q, k] each."""
-    queries = _unit_rows(queries)
-    cos = queries.new_full((len(queries), k), -2.0)
-    index = torch.zeros_like(cos, dtype=torch.int64)
-    size = max(1, NUMBERS // max(QUERIES, bank.shape[1]))
-    # one buffer for all products: fresh memory is slow on a CPU; and no autocast where `out` is given
-    product = queries.new_empty(min(QUERIES, len(queries)), min(size, len(bank)))
-    with exact_products():
-        for start in range(0, len(bank), size):
-            rows = _unit_rows(bank[start:start + size].to(queries.device))
-            for chunk, best, nearest in zip(*(tensor.split(QUERIES) for tensor in (queries, cos, index))):
-                torch.mm(chunk, rows.T, out=product[:len(chunk), :len(rows)])                       # [q, n]
-                found, column = product[:len(chunk), :len(rows)].topk(min(k, len(rows)))
-                found, order = torch.cat([best, found], 1).topk(k)
-                nearest.copy_(torch.cat([nearest, column + start], 1).gather(1, order))
-                best.copy_(found)
-    return cos, index
-
-
-def _unit_rows(features):
-    """Rows of length one in float32; a zero row stays zero."""
-    features = features.float()
-    largest = torch.linalg.vector_norm(features, torch.inf, dim=1, keepdim=True)  # lest squares overflow
-    return torch.nn.functional.normalize(features / largest.clamp_min(torch.finfo(torch.float32).tiny), dim=1)
 
 
 def _check(bank, bank_labels, queries, query_labels, ks, temperatures):

@@ -192,31 +192,40 @@ def _load_strictly(backbone, weights, path):
 
 
 @torch.inference_mode()
+def feature_batches(network, images, device, batch_size=128, num_workers=0, amp_dtype=None, title="features"):
+    """Yields features [b, F] in float32, on `device`, and labels [b], batch by batch in order.
+
+    network: images [B, 3, S, S] on `device` -> [B, F], in evaluation mode. images: dataset of (image, label).
+    UserError for images that cannot be decoded, and features that are not finite.
+    """
+    loader = torch.utils.data.DataLoader(images, batch_size, num_workers=num_workers,
+                                         pin_memory=device.type == "cuda", worker_init_fn=utils.leave_group)
+    for batch, labels in utils.progress(loader, 0, len(loader), title):
+        with utils.autocast(device, amp_dtype):
+            rows = network(batch.to(device, non_blocking=True)).float()
+        if not rows.isfinite().all():
+            raise UserError("the backbone's features are not finite; its training may have diverged, or "
+                            "--amp none may help")
+        yield rows, labels
+
+
+@torch.inference_mode()
 def extract_features(network, dataset, device, batch_size=128, num_workers=0, amp_dtype=None,
                      title="features", gather=True, keep_on=None):
-    """Features [N, F] in float32 and labels [N] of all images in order, on every rank.
+    """Features [N, F] in float32 and labels [N] of all images in order, on every rank: see `feature_batches`.
 
-    network: images [B, 3, S, S] on `device` -> [B, F], in evaluation mode; every image is computed once.
-    dataset: of `data.build_dataset`. keep_on: the device of the results, `device` by default.
+    dataset: of `data.build_dataset`; every image is computed once. keep_on: the device of the results.
     gather: False leaves each rank the features of its images rank, rank + W, ...; the labels are all.
-
-    UserError for an empty data set, images that cannot be decoded, and features that are not finite.
+    UserError also for an empty data set.
     """
     if len(dataset) == 0:
         raise UserError("there are no images to compute features of; check --data_path")
     own = distributed.share(range(len(dataset)))
     images = torch.utils.data.Subset(dataset, own or range(1))  # the width of the features, if there are none
-    loader = torch.utils.data.DataLoader(images, batch_size, num_workers=num_workers,
-                                         pin_memory=device.type == "cuda", worker_init_fn=utils.leave_group)
     features, labels = [], []
-    for batch, targets in utils.progress(loader, 0, len(loader), title):
-        with utils.autocast(device, amp_dtype):
-            rows = network(batch.to(device, non_blocking=True))
-        features.append(rows.float().to(keep_on or device))
+    for rows, targets in feature_batches(network, images, device, batch_size, num_workers, amp_dtype, title):
+        features.append(rows.to(keep_on or device))
         labels.append(targets.clone().to(keep_on or device))  # a worker's tensor would keep a file open
-    if not all(rows.isfinite().all() for rows in features):
-        raise UserError("the backbone's features are not finite; its training may have diverged, or --amp "
-                        "none may help")
     features, labels = torch.cat(features)[:len(own)], torch.cat(labels)[:len(own)]
     if gather:
         features = distributed.gather_rows(features, len(dataset))
@@ -224,7 +233,7 @@ def extract_features(network, dataset, device, batch_size=128, num_workers=0, am
 
 
 def load_from_flags(args):
-    """`load_backbone` by the flags of `utils.add_evaluation_flags`; fills in paths that were not given."""
+    """`load_backbone` by the flags of `utils.add_backbone_flags`; fills in paths that were not given."""
     if args.data_path is None and args.dataset in data.DATASETS and args.dataset != "folder":
         args.data_path = Path(__file__).resolve().parent / "cifar" / "datasets"
     if args.pretrained_weights is None and not args.random_weights:

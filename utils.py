@@ -227,8 +227,8 @@ def objective_arguments(args: argparse.Namespace) -> dict:
     return {**given, "learn": tuple(args.learn)}
 
 
-def add_evaluation_flags(parser) -> None:
-    """The flags that evaluations of a pretrained backbone share."""
+def add_backbone_flags(parser) -> None:
+    """The flags of a pretrained backbone and of how it is run."""
     add = parser.add_argument
     add("--pretrained_weights", type=path, help="checkpoint of main.py, cifar/main.py or DINO, or weights of "
         "timm or torchvision (.pth, .safetensors) (default: checkpoint.pth of the current folder, if there)")
@@ -238,17 +238,23 @@ def add_evaluation_flags(parser) -> None:
         "(default: the checkpoint's)")
     add("--patch_size", type=positive_int, help="side of a ViT's patches in pixels (default: checkpoint's)")
     add("--image_size", type=positive_int, help="pixels a side (default: the checkpoint's, timm's, or 224)")
-    add("--dataset", default="folder", help="folder, cifar10, cifar100, stl10, flowers102, caltech101, "
-        "food101, pets, aircraft, dtd, eurosat, svhn, or hfds/NAME of the Hugging Face hub")
-    add("--data_path", type=path, help="folder with train/ and val/ (or test/), or the root of --dataset "
-        "(default for a --dataset: cifar/datasets beside this script)")
-    add("--download", action="store_true", help="fetch --dataset if it is not in --data_path")
     add("--batch_size_per_gpu", type=positive_int, default=128, help="images per batch of each process")
     add("--num_workers", type=non_negative_int, default=default_workers(), help="loader workers per process")
     add("--amp", choices=("none", "auto", "bf16", "fp16"), default="none",
         help="autocast of the backbone; full precision by default, so that figures compare across machines")
     add("--seed", type=non_negative_int, default=0, help="seed of random weights and of the choice of images")
     add_process_flags(parser)
+
+
+def add_evaluation_flags(parser) -> None:
+    """The flags that evaluations of a pretrained backbone share."""
+    add = parser.add_argument
+    add("--dataset", default="folder", help="folder, cifar10, cifar100, stl10, flowers102, caltech101, "
+        "food101, pets, aircraft, dtd, eurosat, svhn, or hfds/NAME of the Hugging Face hub")
+    add("--data_path", type=path, help="folder with train/ and val/ (or test/), or the root of --dataset "
+        "(default for a --dataset: cifar/datasets beside this script)")
+    add("--download", action="store_true", help="fetch --dataset if it is not in --data_path")
+    add_backbone_flags(parser)
 
 
 # ---------------------------------------------------------------------------------------- device and autocast
@@ -612,6 +618,12 @@ def read_table(path: Path) -> dict[int, dict]:
         return {int(row["epoch"]): row for row in rows}
     except (csv.Error, ValueError, KeyError):
         raise UserError(f"{path} is no table of epochs; move it away") from None
+
+
+def caption(name: str, length: int) -> str:
+    """A file's name in a picture: at most `length` characters, and no formula between dollar signs."""
+    name = os.fsencode(name).decode(errors="replace")
+    return (name if len(name) <= length else name[:length - 1] + "…").replace("$", r"\$")
 
 
 def progress(steps, done: int, total: int, title: str, quiet: bool = False):

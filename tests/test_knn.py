@@ -2,10 +2,12 @@
 import math
 
 import eval_knn
+import neighbours
 import pytest
 import torch
 from conftest import run_ranks
 from eval_knn import knn_accuracy, knn_sweep
+from neighbours import nearest_rows
 
 
 def reference(bank, labels, queries, truth, k, temperature):
@@ -37,8 +39,9 @@ def clusters(count, num_classes, seed, spread=2.0, dim=12):
 @pytest.mark.parametrize("queries, numbers", [(256, 2 ** 25), (3, 5000), (7, 150)])
 @pytest.mark.parametrize("size, num_classes", [(30, 2), (99, 7), (200, 40), (300, 2000)])
 def test_equals_brute_force_in_chunks_of_any_size(size, num_classes, queries, numbers, monkeypatch):
-    monkeypatch.setattr(eval_knn, "QUERIES", queries)
-    monkeypatch.setattr(eval_knn, "NUMBERS", numbers)
+    monkeypatch.setattr(neighbours, "QUERIES", queries)
+    for module in (neighbours, eval_knn):
+        monkeypatch.setattr(module, "NUMBERS", numbers)
     problem = *clusters(size, num_classes, seed=1), *clusters(20, num_classes, seed=2)
     ks, temperatures = (200, 1, 5, 20, 5), (0.07, 0.5, 0.002)    # 200 is above two of the sizes
     found = knn_sweep(*problem, ks, temperatures, num_classes)
@@ -59,7 +62,7 @@ def test_features_of_any_dtype_and_scale(dtype, scale):
     bank[3], queries[4] = 0, 0                                         # zero rows have cosine 0 with all
     truth[4] = 99
     bank, queries = (bank * scale).to(dtype), (queries * scale).to(dtype)
-    cos, index = eval_knn._search(bank, queries, 120)
+    cos, index = nearest_rows(bank, queries, 120)
     exact = torch.nn.functional.normalize(queries.double(), eps=1e-60) @ (
         torch.nn.functional.normalize(bank.double(), eps=1e-60).T)
     torch.testing.assert_close(cos.double(), exact.gather(1, index), rtol=0, atol=1e-6)
@@ -81,7 +84,7 @@ def test_accuracy_in_percent():
 def test_top5_counts_only_classes_with_a_vote_under_any_names():
     bank, labels = clusters(60, 12, seed=1)
     queries, truth = clusters(40, 12, seed=2)
-    nearest = eval_knn._search(bank, queries, 3)[1]
+    nearest = nearest_rows(bank, queries, 3)[1]
     for k in (1, 2, 3):
         voted = (labels[nearest[:, :k]] == truth[:, None]).any(1).double().mean().item() * 100
         for names in (torch.arange(12), torch.arange(12).flip(0), torch.arange(12) * 5 % 12):
@@ -107,7 +110,7 @@ def test_several_ranks_share_the_queries_and_equal_one():
 
 def test_neither_autocast_nor_tf32_reach_the_product_and_both_are_restored(monkeypatch):
     bank, queries = clusters(2000, 10, seed=1, dim=64)[0], clusters(300, 10, seed=2, dim=64)[0]
-    exact, inside, mm = eval_knn._search(bank, queries, 5), [], torch.mm
+    exact, inside, mm = nearest_rows(bank, queries, 5), [], torch.mm
 
     def tf32():
         matmul = torch.backends.cuda.matmul
@@ -116,7 +119,7 @@ def test_neither_autocast_nor_tf32_reach_the_product_and_both_are_restored(monke
     torch.set_float32_matmul_precision("high")
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            found = eval_knn._search(bank, queries, 5)
+            found = nearest_rows(bank, queries, 5)
             assert torch.is_autocast_enabled("cpu")
         assert tf32() and inside == [False, False] and torch.get_float32_matmul_precision() == "high"
     finally:

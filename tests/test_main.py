@@ -294,14 +294,15 @@ def test_slurm_without_a_launcher(images, tmp_path):
 
 
 def test_help_does_not_import_torch():
-    program = ("import runpy, sys\nfor script in ('main.py', 'eval_knn.py', 'cifar/main.py'):\n"
+    program = ("import runpy, sys\nfor script in ('main.py', 'eval_knn.py', 'embed.py', 'visualize.py',\n"
+               "               'cifar/main.py'):\n"
                "    sys.argv = [script, '--help']\n"
                "    try:\n        runpy.run_path(script, run_name='__main__')\n"
                "    except SystemExit as exit:\n        assert not exit.code\n"
                "    assert 'torch' not in sys.modules, script\n")
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("usage:") == 3
+    assert result.stdout.count("usage:") == 5
 
 
 # ------------------------------------------------------------------------------------------------- bad input
