@@ -22,7 +22,7 @@ import utils
 from utils import UserError, non_negative_float, positive_float, positive_int, probability
 
 FREE_ON_RESUME = ("output_dir", "data_path", "device", "dist_url", "download", "local_rank", "num_workers",
-                  "batch_size_per_gpu")  # of the batch, only the total counts
+                  "pretrained_weights", "batch_size_per_gpu")  # a checksum and the total batch count
 CHECKPOINT = "checkpoint.pth.tar"  # as eval_linear.py
 
 
@@ -99,6 +99,9 @@ class AugmentedImages(Dataset):
             raise UserError(f"timm knows no --rand_augment {args.rand_augment}; one is rand-m9-mstd0.5-inc1, "
                             "or none") from error
 
+    def __len__(self) -> int:
+        return len(self.images)
+
     def __getitem__(self, key: tuple[int, int]):
         index, seed = key
         image, label = self.images[index]
@@ -142,7 +145,8 @@ class Run:
         test.transform = data.eval_transform(description.image_size, description.mean, description.std)
         rows = data.choose_subset(torch.tensor(train.targets), args.shots, args.fraction, args.seed).tolist()
         self.train, self.test = AugmentedImages(train.subset(rows), description, args), test
-        self.data, self.num_labels = [len(rows), len(test)], data.count_labels(args.num_labels, train, test)
+        self.num_labels = data.count_labels(args.num_labels, train, test)
+        self.fingerprint = [len(rows), len(test), pretrained.checksum(model)]
         self.batch_size = args.batch_size_per_gpu * distributed.world_size()
         self.peak_lr = args.lr * self.batch_size / 256
         self.steps = len(rows) // self.batch_size  # per epoch
@@ -176,11 +180,13 @@ class Run:
             raise UserError(utils.diverged("a weight", self.epoch, self.step))
         return {name: part.state_dict() for name, part in self.parts.items()} | {
             "backbone": self.description._asdict(), "epoch": self.epoch, "step": self.step,
-            "loss_sum": self.loss_sum, "best_acc": self.best_acc, "data": self.data, "args": self.flags}
+            "loss_sum": self.loss_sum, "best_acc": self.best_acc, "fingerprint": self.fingerprint,
+            "args": self.flags}
 
     def load_state_dict(self, state: dict, path: Path) -> None:
-        """Resumes from `state`, the checkpoint at `path`. UserError for other data or another network."""
-        utils.check_same_data(state, self.data, path)
+        """Resumes from `state`, the checkpoint at `path`. UserError for another backbone or other images."""
+        if state["fingerprint"] != self.fingerprint:
+            raise UserError(f"{path} had another backbone or other images; choose another --output_dir")
         utils.load_parts(state, self.parts, path)
         for name in ("epoch", "step", "loss_sum", "best_acc"):
             setattr(self, name, state[name])
@@ -193,7 +199,7 @@ def make_loader(run: Run) -> DataLoader:
     upper = distributed.share(range(size // 2))
     own = [*upper, *(size - 1 - row for row in reversed(upper))]
     keys = ([(index, utils.stream_seed(args.seed, run.epoch, index)) for index in batch[own].tolist()]
-            for batch in utils.epoch_batches(run.data[0], size, args.seed, run.epoch, run.step))
+            for batch in utils.epoch_batches(len(run.train), size, args.seed, run.epoch, run.step))
     return DataLoader(run.train, batch_sampler=keys, num_workers=args.num_workers,
                       pin_memory=run.device.type == "cuda", worker_init_fn=utils.leave_group)
 
@@ -266,7 +272,7 @@ def train(args, device: torch.device) -> None:
     state = utils.read_resume(args, path, FREE_ON_RESUME, run.flags)
     if state:
         run.load_state_dict(state, path)
-    if not distributed.same_over_ranks(run.epoch, run.step, *run.data):
+    if not distributed.same_over_ranks(run.epoch, run.step, *run.fingerprint):
         raise UserError("processes see different checkpoints or images; --output_dir and --data_path must be "
                         "the same folders on all hosts")
     log = utils.RunLog(args.output_dir, (run.epoch, run.step), run.steps) if first else None
@@ -277,7 +283,7 @@ def train(args, device: torch.device) -> None:
             utils.save_checkpoint(saved, path)
 
     if first and run.epoch < args.epochs:
-        print(f"{run.data[0]} images to train on, {run.data[1]} to test on; classes: {run.num_labels}; "
+        print(f"{len(run.train)} images to train on, {len(run.test)} to test on; classes: {run.num_labels}; "
               f"{run.description.arch} with {utils.millions(run.model)} M parameters; "
               f"{distributed.world_size()} x {device}, {run.amp_dtype or torch.float32}; {run.steps} steps "
               f"per epoch of {run.batch_size} images\nfrom epoch {run.epoch + 1}, step {run.step + 1}, to "

@@ -17,7 +17,6 @@ epoch), heads.json (all heads); linear.txt by --evaluate.
 import itertools
 import json
 import time
-import zlib
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -340,11 +339,6 @@ def evaluate(args, grid: HeadGrid, candidates: list[Candidate], fit_set, held_se
     return chosen, score_record(test, chosen, "test")
 
 
-def checksum(backbone: nn.Module) -> int:
-    weights = (value.float().cpu().numpy().tobytes() for value in backbone.state_dict().values())
-    return zlib.crc32(b"".join(weights))
-
-
 def train_heads(args, backbone: nn.Module, description: pretrained.Description, device: torch.device) -> None:
     """Trains from where an earlier run stopped; after each epoch chooses a head, records and saves."""
     started, first, world = time.monotonic(), distributed.rank() == 0, distributed.world_size()
@@ -365,7 +359,7 @@ def train_heads(args, backbone: nn.Module, description: pretrained.Description, 
 
     epoch, chosen, best_acc = 0, 0, 0.0
     flags = {**utils.plain(args), "num_labels": num_labels, "world_size": world}
-    fingerprint = [checksum(backbone), len(fit), len(held), len(test)]
+    fingerprint = [pretrained.checksum(backbone), len(fit), len(held), len(test)]
     if state := utils.read_resume(args, path, FREE_ON_RESUME, flags):
         if state["fingerprint"] != fingerprint:
             raise UserError(f"{path} had another backbone or other images; choose another --output_dir")
@@ -436,7 +430,7 @@ def evaluate_head(args, backbone: nn.Module, description: pretrained.Description
     if "candidate" in state:
         utils.refuse(args, ("n_last_blocks", "avgpool_patchtokens"), f"with {path}, which tells it")
         candidate = Candidate(**state["candidate"])
-        if state["fingerprint"][0] != checksum(backbone):
+        if state["fingerprint"][0] != pretrained.checksum(backbone):
             raise UserError(f"the head in {path} was trained on another backbone; give that one's "
                             "--pretrained_weights, or the --seed of its random ones")
     elif more or candidate.avgpool_patchtokens and candidate.n_last_blocks > 1:

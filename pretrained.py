@@ -8,6 +8,7 @@
 import argparse
 import json
 import math
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -271,6 +272,12 @@ def extract_features(network, dataset, device, batch_size=128, num_workers=0, am
     if gather:
         features = distributed.gather_rows(features, len(dataset))
     return features, distributed.gather_rows(labels, len(dataset))
+
+
+def checksum(backbone: torch.nn.Module) -> int:
+    """Tells backbones apart, whatever their files are called."""
+    weights = (value.float().cpu().numpy().tobytes() for value in backbone.state_dict().values())
+    return zlib.crc32(b"".join(weights))
 
 
 def load_from_flags(args, drop_path_rate=0.0):
