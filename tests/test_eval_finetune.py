@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import torch.utils.tensorboard  # noqa: F401  (here lest every forked run imports it)
 import utils
 import vision_transformer
+from conftest import assert_same, refusal
 from PIL import Image
 from vision_transformer import build_backbone
 
@@ -31,27 +32,12 @@ def flags(images, output, *more):
         "--warmup_epochs", 1, "--output_dir", output, *more)]
 
 
-def script(arguments):
-    """eval_finetune.py in this process; its UserError's message or None."""
-    try:
-        eval_finetune.main([str(word) for word in arguments])
-    except utils.UserError as error:
-        assert "\n" not in str(error)
-        return str(error)
-
-
 def outcome(output):
-    """All that a run leaves, without its times and flags."""
+    """All that a run leaves, without its times, flags and description."""
     state = utils.load_checkpoint(output / eval_finetune.CHECKPOINT)
-    del state["args"]
+    del state["args"], state["backbone"]
     records = utils.read_records(output / "log.txt")
     return state, [{name: value for name, value in r.items() if name != "seconds"} for r in records]
-
-
-def assert_same_run(output, other):
-    (state, records), (others, other_records) = outcome(output), outcome(other)
-    assert (state.pop("backbone"), records) == (others.pop("backbone"), other_records)
-    torch.testing.assert_close(state, others, rtol=0, atol=0)
 
 
 # ------------------------------------------------------------------------------------------ the whole script
@@ -62,7 +48,7 @@ def whole(images, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(vision_transformer.VIT_ARCHS, "vit_tiny", (32, 2))
-        assert script(flags(images, output, "--ema", 0.9)) is None
+        eval_finetune.main(flags(images, output, "--ema", 0.9))
     return output
 
 
@@ -80,7 +66,7 @@ def test_what_a_run_leaves_behind(whole, images):
     assert description[:3] == ("vit_tiny", 8, 16)
     classifier = timm.models.VisionTransformer(16, 8, embed_dim=32, num_heads=2, num_classes=3)
     timm.models.load_checkpoint(classifier, str(exported))
-    torch.testing.assert_close(classifier.state_dict(), state["ema"], rtol=0, atol=0)
+    assert_same(dict(classifier.state_dict()), dict(state["ema"]))
     test = data.build_dataset("folder", images, "test", data.eval_transform(16, *description[3:5]))
     batch, labels = map(torch.stack, zip(*[(image, torch.tensor(label)) for image, label in test]))
     with torch.no_grad():
@@ -100,8 +86,8 @@ def test_kill_and_resume_is_bitwise_the_same(whole, images, tmp_path):
             ("fsync", 1, "KILL", -9, "")):
         ended = interrupt.run(command, tmp_path, point, count, name, script=eval_finetune)
         assert ended.returncode == code and words in ended.stderr, ended.stderr
-    assert script(command) is None
-    assert_same_run(tmp_path / "run", whole)
+    eval_finetune.main(command)
+    assert_same(outcome(tmp_path / "run"), outcome(whole))
 
 
 def test_two_ranks_equal_one(images, tmp_path):
@@ -109,21 +95,21 @@ def test_two_ranks_equal_one(images, tmp_path):
     command = flags(images, "OUT", "--drop_path", 0, "--clip_grad", 1)
     one, two = ([*command, "--output_dir", str(tmp_path / name), "--batch_size_per_gpu", size]
                 for name, size in (("one", "8"), ("two", "4")))
-    assert script(one) is None
+    eval_finetune.main(one)
     for ended in interrupt.run_ranks(two, tmp_path, eval_finetune):
         assert ended.returncode == 0, ended.stderr
     (_, records), (_, others) = outcome(tmp_path / "one"), outcome(tmp_path / "two")
     for record, other in zip(records, others, strict=True):
         assert record == pytest.approx(other, rel=1e-4)
-    assert script([*two, "--batch_size_per_gpu", "8"]) is None  # finished, by another number of ranks
+    eval_finetune.main([*two, "--batch_size_per_gpu", "8"])  # finished, by another number of ranks
 
 
 def test_other_runs_are_not_mixed(whole, images):
-    assert "--lr 0.0005 there, 0.1 here" in script(flags(images, whole, "--ema", 0.9, "--lr", 0.1))
-    assert "--batch_size 6 there, 4 here" in script(
-        flags(images, whole, "--ema", 0.9, "--batch_size_per_gpu", 4))
+    for more, words in ((("--lr", 0.1), "--lr 0.0005 there, 0.1 here"),
+                        (("--batch_size_per_gpu", 4), "--batch_size 6 there, 4 here")):
+        assert words in refusal(eval_finetune.main, flags(images, whole, "--ema", 0.9, *more))
     before = (whole / eval_finetune.CHECKPOINT).stat().st_mtime_ns
-    assert script(flags(images, whole, "--ema", 0.9)) is None
+    eval_finetune.main(flags(images, whole, "--ema", 0.9))
     assert (whole / eval_finetune.CHECKPOINT).stat().st_mtime_ns == before
 
 
@@ -131,18 +117,20 @@ def test_all_weights_of_a_checkpoint_learn_bright_from_dark(images, tmp_path):
     backbone = build_backbone("cifar/tiny")
     description = pretrained.Description("cifar/tiny", None, 32, (0.5,) * 3, (0.25,) * 3)
     pretrained.export_backbone(backbone, description, tmp_path / "weights.safetensors")
-    command = ["--pretrained_weights", tmp_path / "weights.safetensors", "--data_path", images, "--device",
-               "cpu", "--num_workers", 0, "--batch_size_per_gpu", 10, "--epochs", 8, "--warmup_epochs", 1,
-               "--lr", 0.2, "--mixup", 0, "--cutmix", 0, "--rand_augment", "none", "--crop_scale", 0.5, 1,
-               "--val_freq", 8, "--output_dir", tmp_path / "run"]
-    assert "--drop_path cannot be used with a backbone" in script([*command, "--drop_path", 1])
-    assert script(command) is None
+    command = [str(word) for word in (
+        "--pretrained_weights", tmp_path / "weights.safetensors", "--data_path", images, "--device", "cpu",
+        "--num_workers", 0, "--batch_size_per_gpu", 10, "--epochs", 8, "--warmup_epochs", 1, "--lr", 0.2,
+        "--mixup", 0, "--cutmix", 0, "--rand_augment", "none", "--crop_scale", 0.5, 1, "--val_freq", 8,
+        "--output_dir", tmp_path / "run")]
+    message = refusal(eval_finetune.main, [*command, "--drop_path", "1"])
+    assert "--drop_path cannot be used with a backbone that is no vit_*" in message
+    eval_finetune.main(command)
     state, records = outcome(tmp_path / "run")
     assert records[-1]["test_acc1"] >= 80 and records[-1]["train_loss"] < records[0]["train_loss"]
     assert ["test_acc1" in record for record in records] == [True] + 6 * [False] + [True]
     assert all((state["model"][name] != value).any() for name, value in backbone.named_parameters())
     pretrained.export_backbone(build_backbone("cifar/tiny"), description, tmp_path / "weights.safetensors")
-    assert "had another backbone or other images" in script(command)  # the same name
+    assert "had another backbone or other images" in refusal(eval_finetune.main, command)  # the same name
 
 
 # -------------------------------------------------------------------------------------------------- its parts
@@ -238,5 +226,5 @@ def test_scores_are_those_of_their_formulas():
     (["--pretrained_weights", "nowhere.pth"], "--random_weights"),
 ])
 def test_a_mistake_is_one_clear_line(images, tmp_path, arguments, words):
-    assert words in script(flags(images, tmp_path, *arguments))
+    assert words in refusal(eval_finetune.main, flags(images, tmp_path, *arguments))
     assert not (tmp_path / eval_finetune.CHECKPOINT).exists()

@@ -8,6 +8,7 @@ import torch
 import utils
 import vision_transformer
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
+from conftest import refusal
 from pretrained import Description, export_backbone, init_backbones, load_backbone
 from vision_transformer import build_backbone
 
@@ -44,12 +45,6 @@ def small_images(images, output, *more):
     return ["--dataset", "folder", "--data_path", str(images), "--arch", "tiny", "--projector", "16", "8",
             "--batch_size", "5", "--epochs", "1", "--schedule", "constant", "--lr", "0.05", "--device", "cpu",
             "--amp", "none", "--output_dir", str(output), *map(str, more)]
-
-
-def refusal(script, arguments):
-    with pytest.raises(utils.UserError) as error:
-        script.main(arguments)
-    return str(error.value)
 
 
 def test_networks_equal_the_source_and_the_line_says_where_from(tmp_path, capsys):
@@ -144,7 +139,7 @@ def test_main_starts_at_the_accuracy_of_its_source_and_does_not_load_it_again(im
     capsys.readouterr()
     main.main(arguments)  # finished: nothing is read
     assert "is finished" in capsys.readouterr().out
-    assert "--init_weights" in refusal(main, pretraining(images, output, "--seed", "1"))
+    assert "--init_weights" in refusal(main.main, pretraining(images, output, "--seed", "1"))
 
 
 def test_cifar_starts_at_the_accuracy_of_its_source_and_does_not_load_it_again(images, tmp_path, capsys):
@@ -166,7 +161,7 @@ def test_cifar_starts_at_the_accuracy_of_its_source_and_does_not_load_it_again(i
 
     source.unlink()
     capsys.readouterr()
-    assert "--init_weights" in refusal(cifar.main, small_images(images, output, "--seed", "1"))
+    assert "--init_weights" in refusal(cifar.main.main, small_images(images, output, "--seed", "1"))
     cifar.main.main([*arguments, "--epochs", "2"])  # resumes without the file
     assert "the backbone starts" not in capsys.readouterr().out
     assert [r["epoch"] for r in utils.read_records(output / "log.txt")] == [-1, 0, 1]
