@@ -112,6 +112,15 @@ def gather_uneven(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def average_buffers(network):
+    """Averages batch-norm running statistics over ranks: without SyncBatchNorm each rank has its own."""
+    if world_size() > 1:
+        for buffer in network.buffers():
+            if buffer.is_floating_point():
+                sum_over_ranks(buffer).div_(world_size())
+
+
 def _join(url: str, rank: int, world: int, device: torch.device) -> None:
     address = f"tcp://{os.environ.get('MASTER_ADDR', 'localhost')}:{os.environ.get('MASTER_PORT')}"
     where = address if url == "env://" else url

@@ -47,6 +47,7 @@ def parse_args(argv=None):
     add("--data_path", type=utils.path, help="root of --dataset (default: datasets beside this script)")
     add("--image_size", type=utils.number(int, 8, 1024), help="pixels a side (default: 32; stl10: 96)")
     add("--arch", default="resnet50", help="resnet18, resnet34 or resnet50; for CPUs small or tiny")
+    add("--init_weights", type=utils.path, help="file of a backbone's weights to start from")
     add("--projector", type=positive_int, nargs="+", help=recipe("widths of the head's layers", "projector"))
     add("--batch_size", type=utils.number(int, 2, 2**31), help=recipe("images per batch", "batch_size"))
     add("--views", type=utils.number(int, 2, 64), default=2, help="views of an image per step; the time of a "
@@ -95,6 +96,7 @@ from augmentations import CIFAR_MEAN, CIFAR_STD, SimCLRAugmentation, normalize  
 from cifar.curves import draw_curves  # noqa: E402
 from cifar.data import ImageData, load_data  # noqa: E402
 from eval_knn import knn_accuracy  # noqa: E402
+from pretrained import Description, init_backbones  # noqa: E402
 from vision_transformer import MultiCropNet, build_backbone, mlp_head  # noqa: E402
 
 
@@ -118,6 +120,7 @@ class Run:
         self.data = data or load_data(args.dataset, args.data_path, args.image_size)
         self.data_checksum = [len(self.data.train), self.data.train.sum(dtype=torch.int64).item()]
         self.augment = SimCLRAugmentation(self.data.train.shape[-1], args.crop_scale)
+        self.description = Description(f"cifar/{args.arch}", None, self.augment.size, CIFAR_MEAN, CIFAR_STD)
         self.steps = len(self.data.train) // (args.batch_size * args.accum_iter)  # per epoch
         if self.steps == 0:
             raise UserError(f"a batch of {args.batch_size} x {args.accum_iter} images is larger than the "
@@ -132,11 +135,10 @@ class Run:
         self.epoch_seconds = self.seconds = 0.0         # this epoch's training; all epochs with evaluation
 
     def state_dict(self):
-        backbone = {"arch": f"cifar/{self.args.arch}", "patch_size": None, "image_size": self.augment.size,
-                    "mean": list(CIFAR_MEAN), "std": list(CIFAR_STD)}  # for the evaluation scripts
-        return {"student": self.model.state_dict(), "backbone": backbone, "loss": self.criterion.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "epoch": self.epoch, "step": self.step,
-                "sums": self.sums, "epoch_seconds": self.epoch_seconds, "seconds": self.seconds,
+        return {"student": self.model.state_dict(), "backbone": self.description._asdict(),
+                "loss": self.criterion.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "epoch": self.epoch, "step": self.step, "sums": self.sums,
+                "epoch_seconds": self.epoch_seconds, "seconds": self.seconds,
                 "data": self.data_checksum, "args": utils.plain(self.args)}
 
     def load_state_dict(self, state, path):
@@ -278,6 +280,8 @@ def train(args, data: ImageData | None = None, criterion: torch.nn.Module | None
         run = Run(args, data, criterion)
         if state:
             run.load_state_dict(state, checkpoint)
+        elif args.init_weights:
+            init_backbones([run.model.backbone], args.init_weights, run.description)
         if run.epoch < args.epochs:
             print(describe(run), flush=True)
             log = utils.RunLog(folder, (run.epoch, run.step), table=f"{folder.name}_statistics.csv")
