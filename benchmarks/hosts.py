@@ -6,7 +6,7 @@ torchrun joins the hosts by c10d rendezvous, main.py trains on them: the weights
 as many processes. A host is cut off: every rank ends within a minute, with one line. With --max-restarts
 the run goes on when the host is back, to the same weights. eval_knn.py and eval_linear.py over two hosts
 equal one process. As on Debian, a host's own name resolves to 127.0.1.1 on it, so GLOO_SOCKET_IFNAME names
-the interface; without it the hosts ask for it. Exit code 1 if a check fails, 0 if namespaces are not allowed.
+the interface; without it they ask for it. Exit code 1 if a check fails, 0 if namespaces are not allowed.
 """
 import os
 import signal
@@ -49,7 +49,7 @@ def make_hosts(count: int) -> None:
 
 
 class Launch:
-    """torchrun of `script` on several hosts, `local` processes on each, at once. output: of each host."""
+    """torchrun of `script`, started on the first `hosts` hosts, with `local` processes on each."""
 
     def __init__(self, folder: Path, script: list[str], hosts=1, local=1, restarts=0, environment=INTERFACE):
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ def check_cut(folder: Path, script: list[str], restarts: int) -> None:
     report("h2 is cut off: both ranks end, with a line each", good, cut, "" if good else run.tell())
     if restarts == 0:
         good = run.wait_for(lambda: run.processes[0].poll() is not None, 60)
-        report("... and the launcher of h1", good, cut, "" if good else run.tell())
+        report("... and the launcher of h1, which holds the store", good, cut, "" if good else run.tell())
         run.wait_for(lambda: run.processes[1].poll() is not None, 60)
         print("               the launcher of h2", "waits" if run.processes[1].poll() is None else "ended")
         run.kill()
@@ -158,18 +158,18 @@ def check_evaluation(folder: Path, weights: Path, labelled: Path) -> None:
     (one, good), (two, also) = (run("eval_linear.py", hosts, "--epochs", "2") for hosts in (1, 2))
     heads = [tensors(launch.log.with_name("checkpoint.pth.tar")) for launch in (one, two) if good and also]
     apart = max([(x.double() - y).abs().max().item() for x, y in zip(*heads, strict=True)], default=1)
-    good = apart < 1e-6
+    good = apart < 1e-5
     report(f"eval_linear.py over 2 hosts: heads and momentum equal one process's to {apart:.0e}", good,
            two.started, "" if good else one.tell() + two.tell())
 
 
 def check_names(folder: Path, script: list[str]) -> None:
     run = Launch(folder / "names", script, 2, environment={})
-    good = run.wait_for(lambda: all(run.errors()), 120)
-    good = good and all("GLOO_SOCKET_IFNAME" in line for lines in run.errors() for line in lines)
-    report("without GLOO_SOCKET_IFNAME both hosts name it", good, run.started,
-           f": {run.errors()[1][0]}" if good else run.tell())
-    run.kill()
+    ended = not run.finish()
+    lines = [line for lines in run.errors() for line in lines]  # of the first, which ends the others
+    good = ended and bool(lines) and all("GLOO_SOCKET_IFNAME" in line for line in lines)
+    report("without GLOO_SOCKET_IFNAME all end, and a line asks for it", good, run.started,
+           f":\n               {lines[0]}" if good else run.tell())
 
 
 def main() -> None:

@@ -123,7 +123,8 @@ def measure_rank(rank: int, world: int, folder: str) -> None:
 def print_traffic() -> None:
     methods = {**{f"Gram, D = {dim:,}": partial(ours, dim=dim, gram=True) for dim in (128, 512, 1024)},
                "rows, D = 1,024": partial(ours, dim=1024, gram=False),
-               "SimCLR, D = 128": partial(gathered, dim=128), "MoCo v2, D = 128": partial(queue, dim=128)}
+               "SimCLR, D = 128": partial(gathered, dim=128), "MoCo v2, D = 128": partial(queue, dim=128),
+               "gradients of ViT-S": lambda world: [("all_reduce", 4 * 27_000_000)]}
     print("\n| GPUs |", " | ".join(methods), "|\n" + "|---" * (1 + len(methods)) + "|")
     for world in (8, 64, 512, 4096):
         cells = []
@@ -135,27 +136,36 @@ def print_traffic() -> None:
         print(f"| {world:,} |", " | ".join(cells), "|")
 
 
-def print_networks() -> None:
-    """Parameters, and bytes that one image (2 views of 224 pixels, 8 of `local`) leaves for the backward pass
-    in bf16; nothing is computed."""
+def saved_for_backward(name: str, local: int, checkpointing: bool, images: int) -> tuple[int, int]:
+    """Parameters of the backbone and head, and bytes that a bf16 forward pass keeps for the backward pass: 2
+    views of 224 pixels and 8 of `local`. Nothing is computed: tensors are shapes alone."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    sizes = {"vit_small": 96, "timm/vit_large_patch16_224": 96, "timm/vit_giant_patch14_224": 98}
-    for name, local in sizes.items():
-        with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
-            backbone = build_backbone(name, 16, 224, 0.0)
-            network = MultiCropNet(backbone, ProjectionHead(backbone.embed_dim, 1024))
-            own = {id(parameter) for parameter in network.parameters()}
-            saved = {}
+    with torch.device("meta"):
+        backbone = build_backbone(name, 16, 224)
+        network = MultiCropNet(backbone, ProjectionHead(backbone.embed_dim, 1024))
+    backbone.set_grad_checkpointing(checkpointing)
+    kept = {}
 
-            def keep(x, own=own, saved=saved):
-                if id(x) not in own:
-                    saved[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-                return x
-            views = [torch.empty(1, 3, 224, 224)] * 2 + [torch.empty(1, 3, local, local)] * 8
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                network(views)
-        count = sum(parameter.numel() for parameter in network.parameters())
-        print(f"{name}: {count / 1e6:,.0f} M parameters, {sum(saved.values()) / 1e6:,.0f} MB an image")
+    def keep(x):
+        if not isinstance(x, torch.nn.Parameter):
+            kept[x.untyped_storage()._cdata] = x  # x itself, so that no other takes its place
+        return x
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16):
+        network.to_empty(device="cpu")
+        views = [torch.empty(images, 3, size, size) for size in [224] * 2 + [local] * 8]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            network(views)
+    return (sum(parameter.numel() for parameter in network.parameters()),
+            sum(x.untyped_storage().nbytes() for x in kept.values()))
+
+
+def print_networks() -> None:
+    local_sizes = {"vit_small": 96, "timm/vit_large_patch16_224": 96, "timm/vit_giant_patch14_224": 98}
+    for name, local in local_sizes.items():
+        for checkpointing in (False, True):
+            (count, first), (_, second) = (saved_for_backward(name, local, checkpointing, n) for n in (1, 2))
+            print(f"{name}, checkpointing {checkpointing}: {count / 1e6:,.0f} M parameters, "
+                  f"{(second - first) / 1e6:,.0f} MB an image and {(2 * first - second) / 1e6:,.0f} MB")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,10 @@ def test_the_device_of_a_process(environment, monkeypatch):
     environment(WORLD_SIZE="8", RANK="6", LOCAL_RANK="6", LOCAL_WORLD_SIZE="8")
     with pytest.raises(UserError, match="8 processes were started on this host, which has 4 GPUs"):
         distributed.init_distributed("cuda")
+    environment(SLURM_PROCID="8", SLURM_NTASKS="16", SLURM_STEP_TASKS_PER_NODE="8(x2)", SLURM_NODEID="1")
+    with pytest.raises(UserError, match="8 processes were started on this host, which has 4 GPUs"):
+        distributed.init_distributed("cuda")
+    environment(WORLD_SIZE="8", RANK="6", LOCAL_RANK="6", LOCAL_WORLD_SIZE="8")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # Slurm may show each task its own
     assert distributed.init_distributed("cuda") == torch.device("cuda:0") and chosen == [1, 2, 0]
 
@@ -96,7 +100,7 @@ def test_a_host_that_others_cannot_reach(environment, monkeypatch, other, addres
     store = dist.HashStore()
     store.set("host of rank 2", other)
     if refused:
-        with pytest.raises(UserError, match=r"cannot reach here, .* 127.0.*GLOO_SOCKET_IFNAME.* eth0, ib0$"):
+        with pytest.raises(UserError, match=r"cannot reach here: .* 127.0.*GLOO_SOCKET_IFNAME.* eth0, ib0$"):
             distributed._check_address(store, 0, 3)
     else:
         distributed._check_address(store, 0, 3)
