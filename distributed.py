@@ -2,6 +2,8 @@
 
 Every function also works in a single process without a process group.
 """
+import contextlib
+import ipaddress
 import os
 import re
 import socket
@@ -19,6 +21,7 @@ from utils import UserError
 
 TIMEOUT = timedelta(minutes=30)  # of the rendezvous and of a collective
 PATIENCE = 30                    # seconds before a rank says that it still waits for the others
+LOST = 30                        # seconds without an answer from another host before a collective fails
 
 
 def init_distributed(device: str = "auto", dist_url: str = "env://") -> torch.device:
@@ -139,12 +142,46 @@ def _join(url: str, rank: int, world: int, device: torch.device) -> None:
         store = next(dist.rendezvous(url, rank, world, timeout=TIMEOUT))[0]
         # torchrun keeps its store over restarts, with the addresses of the processes that ended
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store.set_timeout(TIMEOUT)
+        _check_address(store, rank, world)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+        _notice_lost_hosts()
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the {world} processes do not meet at {where}: {utils.reason(error)}") from error
     finally:
         reminder.cancel()
+
+
+def _check_address(store, rank: int, world: int) -> None:
+    """UserError if there are several hosts and gloo would tell the others an address of this one alone."""
+    name = socket.gethostname()
+    if rank in (0, world - 1):  # on the first and on the last host
+        store.set(f"host of rank {rank}", name)
+    first, last = store.multi_get(["host of rank 0", f"host of rank {world - 1}"])
+    if first == last or os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    try:
+        addresses = sorted({info[4][0] for info in socket.getaddrinfo(name, None)})
+    except OSError:
+        addresses = ["127.0.0.1"]  # gloo's choice then
+    if all(ipaddress.ip_address(address).is_loopback for address in addresses):
+        there = ", ".join(interface for _, interface in socket.if_nameindex() if interface != "lo")
+        raise UserError(f"other hosts cannot reach {name}: its name resolves to {', '.join(addresses)} here; "
+                        "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to its network interface, one of "
+                        f"{there}")
+
+
+def _notice_lost_hosts() -> None:
+    """Has Linux probe this process's connections: a collective fails LOST seconds after its peer's host was
+    cut off, instead of after TIMEOUT. A host that is only busy still answers."""
+    for entry in Path("/proc/self/fd").glob("*"):
+        if entry.is_socket():
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, value in ((socket.TCP_KEEPIDLE, LOST // 3), (socket.TCP_KEEPINTVL, LOST // 6),
+                                      (socket.TCP_KEEPCNT, 4), (socket.TCP_USER_TIMEOUT, 1000 * LOST)):
+                    connection.setsockopt(socket.IPPROTO_TCP, option, value)  # the last in milliseconds
 
 
 def _variable(name: str, default: int | None) -> int | None:

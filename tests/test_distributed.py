@@ -1,6 +1,8 @@
 """Joining a process group by the variables of launchers, and what ranks tell one another (gloo, forked)."""
+import contextlib
 import os
 import signal
+import socket
 import time
 from datetime import timedelta
 from types import SimpleNamespace
@@ -75,8 +77,34 @@ def test_the_device_of_a_process(environment, monkeypatch):
     environment(WORLD_SIZE="8", RANK="6", LOCAL_RANK="6", LOCAL_WORLD_SIZE="8")
     with pytest.raises(UserError, match="8 processes were started on this host, which has 4 GPUs"):
         distributed.init_distributed("cuda")
+    environment(SLURM_PROCID="8", SLURM_NTASKS="16", SLURM_STEP_TASKS_PER_NODE="8(x2)", SLURM_NODEID="1")
+    with pytest.raises(UserError, match="8 processes were started on this host, which has 4 GPUs"):
+        distributed.init_distributed("cuda")
+    environment(WORLD_SIZE="8", RANK="6", LOCAL_RANK="6", LOCAL_WORLD_SIZE="8")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # Slurm may show each task its own
     assert distributed.init_distributed("cuda") == torch.device("cuda:0") and chosen == [1, 2, 0]
+
+
+@pytest.mark.parametrize("other, address, interface, refused", [
+    ("far", "127.0.1.1", "", True), ("far", None, "", True), ("far", "127.0.1.1", "eth0", False),
+    ("far", "10.0.0.1", "", False), ("here", "127.0.1.1", "", False)])
+def test_a_host_that_others_cannot_reach(environment, monkeypatch, other, address, interface, refused):
+    def resolve(host, port):
+        if address is None:
+            raise OSError("Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))]
+    environment(GLOO_SOCKET_IFNAME=interface)
+    monkeypatch.setattr(distributed.socket, "gethostname", lambda: "here")
+    monkeypatch.setattr(distributed.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(distributed.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0"), (3, "ib0")])
+    store = dist.HashStore()
+    store.set("host of rank 2", other)
+    if refused:
+        with pytest.raises(UserError, match=r"cannot reach here: .* 127.0.*GLOO_SOCKET_IFNAME.* eth0, ib0$"):
+            distributed._check_address(store, 0, 3)
+    else:
+        distributed._check_address(store, 0, 3)
+    assert store.get("host of rank 0") == b"here"
 
 
 TASK = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
@@ -154,3 +182,19 @@ def test_a_killed_rank_ends_the_others_within_seconds(tmp_path):
     first, second = interrupt.run_ranks([], tmp_path, script(main))
     assert (first.returncode, second.returncode) == (1, -signal.SIGKILL) and time.monotonic() - started < 20
     assert first.stderr.startswith("error: rank 0: lost contact") and first.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux")
+def test_connections_between_hosts_are_probed(tmp_path):
+    def main():
+        distributed.init_distributed("cpu")
+        for entry in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # no socket, or not connected
+                connection = socket.socket(fileno=os.dup(int(entry)))
+                if connection.family != socket.AF_UNIX and connection.getpeername():
+                    print(connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+                          connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+        distributed.leave()
+    for result in interrupt.run_ranks([], tmp_path, script(main)):
+        probed = result.stdout.splitlines()  # of the store's connection and gloo's
+        assert result.returncode == 0 and len(probed) > 1 and set(probed) == {"1 30000"}, result
