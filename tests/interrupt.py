@@ -20,21 +20,25 @@ PATIENCE = 90                                   # seconds before a process that 
 
 
 def run(arguments: list[str], folder: Path, point: str | None = None, count: int = 0, name: str = "KILL",
-        script=None) -> SimpleNamespace:
+        script=None, code: int | None = None) -> SimpleNamespace:
     """`script.main(arguments)`, by default cifar/main.py's, as its users start it: returncode (negative for a
-    signal), stdout and stderr, which are also files of `folder`.
+    signal), stdout and stderr, which are also files of `folder`. code: the returncode that is asserted.
 
     point: a key of POINTS, at whose `count`-th call SIG`name` goes to the process and its workers, as
     from a terminal or launcher; or "disk": no file can grow beyond `count` bytes.
     """
     script = script or importlib.import_module("cifar.main")
-    return _wait(_start(arguments, folder, point, count, name, script, {}))
+    result = _wait(_start(arguments, folder, point, count, name, script, {}))
+    assert code in (None, result.returncode), result
+    return result
 
 
 def run_ranks(arguments, folder: Path, script, world: int = 2, victim: int = 0, point: str | None = None,
-              count: int = 0, name: str = "KILL", variables=("RANK", "WORLD_SIZE", "LOCAL_RANK")) -> list:
+              count: int = 0, name: str = "KILL", variables=("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+              codes: tuple | None = None) -> list:
     """The script in `world` processes that meet as a launcher's do, by the environment `variables` for rank,
-    number of ranks and rank on this host; `point` concerns rank `victim`. `arguments`: also by rank."""
+    number of ranks and rank on this host; `point` concerns rank `victim`. `arguments`: also by rank.
+    codes: the returncodes that are asserted."""
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     started = []
     for rank in range(world):
@@ -43,7 +47,9 @@ def run_ranks(arguments, folder: Path, script, world: int = 2, victim: int = 0, 
         values = dict(zip(variables, (str(rank), str(world), str(rank))))
         at = point if rank == victim else None
         started.append(_start(given, place, at, count, name, script, meeting | values))
-    return [_wait(process) for process in started]
+    results = [_wait(process) for process in started]
+    assert codes in (None, tuple(result.returncode for result in results)), results
+    return results
 
 
 def free_port() -> int:
