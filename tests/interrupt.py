@@ -1,7 +1,6 @@
 """Runs scripts in forked processes; a signal hits one at the n-th call of a function, an instant chosen."""
 import importlib
 import os
-import resource
 import signal
 import socket
 import sys
@@ -25,7 +24,7 @@ def run(arguments: list[str], folder: Path, point: str | None = None, count: int
     signal), stdout and stderr, which are also files of `folder`. code: the returncode that is asserted.
 
     point: a key of POINTS, at whose `count`-th call SIG`name` goes to the process and its workers, as
-    from a terminal or launcher; or "disk": no file can grow beyond `count` bytes.
+        from a terminal or launcher.
     """
     script = script or importlib.import_module("cifar.main")
     result = _wait(_start(arguments, folder, point, count, name, script, {}))
@@ -86,9 +85,7 @@ def _become_script(arguments, files, point, count, name, script):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
             setattr(sys, stream, open(descriptor, "w", buffering=1, closefd=False))
         torch.set_num_threads(1)  # the parent's threads are not here
-        if point == "disk":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
-        elif point:
+        if point:
             _arm(point, count, name)
         utils.run_script(lambda: script.main(arguments))
         code = 0
