@@ -349,7 +349,8 @@ def relative_bias(loss, network, size, weights=()):
         grads = [torch.autograd.grad(loss(*network(views)), [*network.parameters(), *weights])
                  for views in batches]
         return torch.stack([torch.cat([g.flatten() for g in grad]) for grad in grads]).mean(0)
-    return ((mean_gradient(size) - mean_gradient(6)).norm() / mean_gradient(6).norm()).item()
+    population = mean_gradient(6)
+    return ((mean_gradient(size) - population).norm() / population.norm()).item()
 
 
 @pytest.mark.parametrize("size", range(2, 6))
