@@ -94,7 +94,7 @@ def objective(weight, logits, labels, l2):
 def test_logistic_regression_is_scikit_learns(scale, l2):
     x, y = clusters(120, 10, 3, 1)
     head, deviation = head_of(slice(0, 10), 3), x.var(0, correction=0).mean().sqrt()
-    fit_logistic(head.float(), x * scale, y, l2)
+    fit_logistic(head, x * scale, y, l2)
     logits = head.double()(x.double() * scale).detach()
     x = ((x - x.mean(0)) / deviation).double()
     model = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-8, max_iter=5000).fit(x, y)
