@@ -114,7 +114,8 @@ def features_of_folder(args, files, backbone, description, batches):
     if listing.count(b"\n") > len(files):
         raise UserError(f"the name of a file in {args.data_path} has a line break; rename it")
     made_by = json.dumps({**pretrained.describe_run(args, description), "amp": args.amp, "images": len(files),
-                          "files_crc32": zlib.crc32(listing), "weights_crc32": pretrained.checksum(backbone)}, indent=1)
+                          "files_crc32": zlib.crc32(listing),
+                          "weights_crc32": pretrained.checksum(backbone)}, indent=1)
     same = path.exists() and record.exists() and record.read_text() == made_by
     distributed.barrier()  # all have read the record
     if same and distributed.rank() == 0:
@@ -157,8 +158,8 @@ def write_neighbours(args, files, features, queries):
         for panel, (path, title) in zip(panels, shown):
             panel.imshow(ImageOps.fit(data.load_image(path), (160, 160)))
             panel.set_title(title, fontsize=9, fontweight="bold" if title == "query" else None, pad=3)
-            panel.text(0.5, -0.03, utils.caption(path.stem, 18), fontsize=6, ha="center", va="top",
-                       transform=panel.transAxes)
+            name = utils.caption(f"{path.parent.name}/{path.stem}", 26)
+            panel.text(0.5, -0.03, name, fontsize=6, ha="center", va="top", transform=panel.transAxes)
         for panel in panels:
             panel.axis("off")
     path = args.output_dir / "neighbours.png"
