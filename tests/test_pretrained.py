@@ -153,6 +153,7 @@ def test_the_only_network_of_a_checkpoint_needs_no_name(files, capsys):
     ("plain.pth", {"arch": "vit_small"}, ["of other shapes", "cls_token [1, 1, 192], not [1, 1, 384]"]),
     ("plain.pth", {"arch": "resnet18"}, ["missing: conv1.weight", "unexpected: cls_token"]),
     ("plain.pth", {"arch": "resnet19"}, ["unknown arch 'resnet19'"]),
+    (None, {"random_weights": True, "arch": "vit_gigant", "patch_size": 16}, ["unknown arch 'vit_gigant'"]),
     ("plain.pth", {"arch": "resnet18", "patch_size": 16}, ["--patch_size has no meaning for resnet18"]),
     ("lacking.pth", {"arch": "vit_tiny"}, ["1 missing: norm.weight", "1 unexpected: norm.wait"]),
     ("dino.pth", {"arch": "vit_small"}, ["--arch vit_small contradicts", "vit_tiny"]),

@@ -8,6 +8,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 from argparse import Namespace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 import utils
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from utils import UserError
 
 RECIPES = {"paper": {"learn": ("a", "b"), "weights_lr": 0.1, "lr": 1e-3},
@@ -59,6 +61,11 @@ def test_errors_of_users_are_one_line(capfd, tmp_path):
     assert message == f"error: Not a directory: {tmp_path}/x/run\n"
     assert run_script(raises(KeyboardInterrupt()), capfd, 130) == ""
     assert run_script(raises(RuntimeError("gloo: timed out")), capfd, 99) == "traceback RuntimeError\n"
+    advice = "out of memory; lower the batch, image or network size\n"
+    for error in (RuntimeError("CUDA error: out of memory\nmore"), MemoryError()):
+        assert run_script(raises(error), capfd, 1).endswith(advice)
+    assert "you tried to allocate" in (message := run_script(lambda: torch.empty(2**60), capfd, 1))
+    assert message.startswith("error: rank 0: ") and message.count("\n") == 1
 
 
 def test_errors_of_several_ranks(capfd, tmp_path):
@@ -91,6 +98,7 @@ def test_standard_output_may_be_closed(capfd):
     (utils.positive_int, "1.5", "must be a whole number from 1 to 2147483647, got '1.5'"),
     (utils.non_negative_int, str(2**63), "must be a whole number from 0 to 9.22337203685e+18, got '92"),
     (utils.probability, "1.1", "must be a number from 0 to 1, got '1.1'"),
+    (utils.pixels, "1000000", "must be a whole number from 1 to 4096, got '1000000'"),
     (utils.number_or_sum, "all", "must be a number from 1e-30"), (utils.path, "", "is empty; name a file or"),
     (utils.boolean, "maybe", "must be true or false, got 'maybe'")])
 def test_values_that_flags_refuse(kind, text, message):
@@ -317,7 +325,7 @@ def test_the_log_is_only_ever_appended_to(tmp_path, capsys):
            b'{"epoch": 0, "x": 1}', b'{"epoch": 1, "step": 2}', b'{"epoch": 1, "lo']
     path.write_bytes(b"\n".join(old))
     log = utils.RunLog(tmp_path, (1, 1), steps=4)
-    assert "has 5 lines that are no record, first line 2; they are kept" in capsys.readouterr().err
+    assert "5 line(s) hold no record, the first is line 2; they are kept" in capsys.readouterr().err
     first = [{"epoch": -1, "x": 1.5}, {"epoch": 0, "step": 2}, {"epoch": 0, "step": 4}, {"epoch": 0, "x": 1}]
     assert log.records == first
     log.write({"epoch": 1, "step": 2, "x": 3.0})
@@ -371,8 +379,25 @@ def test_a_full_disk_is_one_line_in_the_log_and_in_tensorboard(tmp_path, monkeyp
             log.write({"epoch": 0, "x": 1.0})
 
 
+def test_a_full_disk_at_the_start_is_one_line_too(tmp_path, capfd, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(RecordWriter, "write", lambda self, data: raises(full)())  # called in a thread
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)         # pytest's is silent
+    assert run_script(lambda: utils.RunLog(tmp_path, (0, 0)), capfd) == (
+        f"error: cannot write to {tmp_path}: {full.strerror}. Free space, then run the same command again\n")
+
+
+def test_a_record_in_a_line_and_columns_of_two_learning_rates(tmp_path, capsys):
+    assert utils.format_record({"arch": "x", "patch_size": None, "top1": 41.25}) == "arch x  top1 41.25"
+    utils.RunLog(tmp_path, (0, 0)).write({"epoch": 0, "lr": 0.001, "train_lr": 0.0005})
+    assert capsys.readouterr().out.split() == ["epoch", "lr/256", "lr", "1", "0.001", "0.0005"]
+
+
 def test_progress_is_quiet_in_a_file_and_a_bar_on_a_terminal(capsys, monkeypatch):
     assert list(utils.progress(range(2, 6), 2, 6, "epoch 1/2", quiet=True)) == [2, 3, 4, 5]
     assert capsys.readouterr().err == ""
+    list(utils.progress(range(2, 6), 2, 6, "epoch 1/2"))
+    assert capsys.readouterr().err == ""  # in a file, nothing for what takes less than a minute
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     list(utils.progress(range(2, 6), 2, 6, "epoch 1/2"))
     assert "epoch 1/2:  33%" in capsys.readouterr().err
