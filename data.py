@@ -116,7 +116,8 @@ def build_dataset(name: str, root: Path | None, split: str, transform=None, down
     except Exception as error:  # urllib, ssl, tarfile, torchvision and timm each raise their own
         if name == "folder":
             raise
-        advice = f"unpack its files in {root} by hand" if download else "add --download to fetch it"
+        files = getattr(getattr(tv, name.upper(), None), "url", "its files")
+        advice = f"unpack {files} in {root} by hand" if download else "add --download to fetch it"
         verb = "download" if download else "read"
         raise UserError(f"cannot {verb} {name} in {root}: {utils.reason(error)}; {advice}, or "
                         "give class folders with --dataset folder --data_path DIR") from error

@@ -77,10 +77,10 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("views").add_argument
     add("--views", type=utils.number(int, 2, 64), help="global views, with --teacher none (default: 2)")
-    add("--global_crops_size", type=positive_int, default=224, help="pixels a side of a global view")
+    add("--global_crops_size", type=utils.pixels, default=224, help="pixels a side of a global view")
     add("--global_crops_scale", **span, default=[0.4, 1.0], help="share of the image's area in a global view")
     add("--local_crops_number", type=non_negative_int, default=8, help="local views, seen by the student")
-    add("--local_crops_size", type=positive_int, default=96, help="pixels a side of a local view")
+    add("--local_crops_size", type=utils.pixels, default=96, help="pixels a side of a local view")
     add("--local_crops_scale", **span, default=[0.05, 0.4], help="share of the image's area in a local view")
     add("--blur_sigma", **span, default=[0.1, 2.0], help="standard deviation of the blur, in pixels")
     add("--rand_augment", help=recipe("RandAugment of global views by timm's name, or none", "rand_augment"))

@@ -70,8 +70,6 @@ def load_backbone(path, checkpoint_key=None, arch=None, patch_size=None, image_s
         if known.get(name, value) != value:
             raise UserError(f"--{name} {value} contradicts {path}, whose {name} is {known[name]}; leave "
                             f"--{name} out")
-    if "patch_size" in given and arch not in VIT_ARCHS:
-        raise UserError(f"--patch_size has no meaning for {arch}; leave it out")
 
     usual = _usual_input(arch)
     description = Description(**{**usual, **given, **known})
@@ -82,6 +80,8 @@ def load_backbone(path, checkpoint_key=None, arch=None, patch_size=None, image_s
         backbone = build_backbone(arch, description.patch_size or 16, built_size, drop_path_rate)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if "patch_size" in given and arch not in VIT_ARCHS:
+        raise UserError(f"--patch_size has no meaning for {arch}; leave it out")
     if weights:
         _load_strictly(backbone, weights, path)
     backbone.eval().requires_grad_(False)
@@ -251,7 +251,7 @@ def feature_batches(network, images, device, batch_size=128, num_workers=0, amp_
     """
     loader = torch.utils.data.DataLoader(images, batch_size, num_workers=num_workers,
                                          pin_memory=device.type == "cuda", worker_init_fn=utils.leave_group)
-    for batch, labels in utils.progress(loader, 0, len(loader), title):
+    for batch, labels in utils.progress(loader, 0, len(loader), title, quiet=distributed.rank() > 0):
         with utils.autocast(device, amp_dtype):
             rows = network(batch.to(device, non_blocking=True)).float()
         if not rows.isfinite().all():

@@ -12,11 +12,13 @@ import pickle
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 LOST_RANK = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out")
 
 
@@ -43,7 +45,10 @@ def run_script(main) -> None:
         _exit("standard output was closed", 2)
     except (UserError, OSError) as error:
         _exit(reason(error), 2)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        lines = [line for line in str(error).splitlines() if any(words in line for words in NO_MEMORY)]
+        if lines or isinstance(error, MemoryError):
+            _exit(f"{lines[0] if lines else 'out of memory'}; lower the batch, image or network size", 1)
         if not _many_ranks() or not any(word in str(error).lower() for word in LOST_RANK):
             raise
         _exit(f"lost contact with another rank, which failed or is unreachable ({reason(error)})", 1)
@@ -125,7 +130,7 @@ def number(kind: type, low: float, high: float):
 
 positive_int, non_negative_int = number(int, 1, 2**31 - 1), number(int, 0, 2**63 - 1)
 positive_float, non_negative_float = number(float, 1e-30, 1e9), number(float, 0, 1e9)
-probability = number(float, 0, 1)
+probability, pixels = number(float, 0, 1), number(int, 1, 4096)
 
 
 def number_or_sum(text: str) -> float | str:
@@ -237,7 +242,7 @@ def add_backbone_flags(parser) -> None:
     add("--arch", help="vit_tiny, vit_small, vit_base, a ResNet of torchvision, timm/NAME or cifar/NAME "
         "(default: the checkpoint's)")
     add("--patch_size", type=positive_int, help="side of a ViT's patches in pixels (default: checkpoint's)")
-    add("--image_size", type=positive_int, help="pixels a side (default: the checkpoint's, timm's, or 224)")
+    add("--image_size", type=pixels, help="pixels a side (default: the checkpoint's, timm's, or 224)")
     add("--batch_size_per_gpu", type=positive_int, default=128, help="images per batch of each process")
     add("--num_workers", type=non_negative_int, default=default_workers(), help="loader workers per process")
     add("--amp", choices=("none", "auto", "bf16", "fp16"), default="none",
@@ -511,7 +516,7 @@ class Interruption:
 
 # -------------------------------------------------------------------------------------------------------- log
 
-SHORT = {"train_loss": "loss", "train_lr": "lr", "train_wd": "wd", "test_acc@1": "acc@1",
+SHORT = {"train_loss": "loss", "train_lr": "lr", "lr": "lr/256", "train_wd": "wd", "test_acc@1": "acc@1",
          "test_acc@5": "acc@5", "test_auc": "auc", "positive": "pos", "negative": "neg",
          "images_per_s": "img/s", "data_wait": "wait", "memory_gb": "GB", "hours_left": "hours",
          "seconds": "sec", "knn_acc@1": "knn@1", "knn_acc@5": "knn@5", "test_loss": "t_loss",
@@ -533,12 +538,15 @@ class RunLog:
         self.records = [record for record in read_records(self.path) if _position(record) <= position]
         self.table = folder / table if table else None
         self.rows = read_table(self.table) if table and self.table.exists() else {}
-        self.board = SummaryWriter(folder / "tensorboard", purge_step=position[0] * steps + position[1] + 1)
+        threading.excepthook = _thread_error
+        with _writing_to(folder):
+            self.board = SummaryWriter(folder / "tensorboard",
+                                       purge_step=position[0] * steps + position[1] + 1)
 
     def write(self, record: dict) -> None:
         self._print(record)
         self.records.append(record)
-        try:
+        with _writing_to(self.path.parent):
             with open(self.path, "a+b") as file:
                 if file.tell():
                     file.seek(-1, os.SEEK_END)
@@ -551,9 +559,6 @@ class RunLog:
                 if name not in ("epoch", "step") and value is not None:
                     self.board.add_scalar(f"{axis}/{name}", value, at)
             self.board.flush()
-        except OSError as error:
-            raise UserError(f"cannot write to {self.path.parent}: {reason(error)}. Free space, then run the "
-                            "same command again") from error
         if self.table and "step" not in record:
             self.rows[record["epoch"]] = record
             names = list(dict.fromkeys(name for row in self.rows.values() for name in row))
@@ -567,6 +572,21 @@ class RunLog:
         shown = record | {"epoch": record["epoch"] + 1}  # people count from 1
         texts = [format_value(shown.get(name), _width(name)).rjust(_width(name)) for name in self.columns]
         print(" ".join(texts), flush=True)
+
+
+@contextlib.contextmanager
+def _writing_to(folder: Path):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {reason(error)}. Free space, then run the same command "
+                        "again") from error
+
+
+def _thread_error(args) -> None:
+    """TensorBoard's thread hands a failed write to the main thread, which reports it."""
+    if not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)
 
 
 def _width(name: str) -> int:
@@ -587,8 +607,8 @@ def format_value(value, width: int = 7) -> str:
 
 
 def format_record(record: dict) -> str:
-    """A record as one line of names and values."""
-    return "  ".join(f"{name} {format_value(value)}" for name, value in record.items())
+    """A record as one line of names and values; what is None is left out."""
+    return "  ".join(f"{name} {format_value(x)}" for name, x in record.items() if x is not None)
 
 
 def read_records(path: Path) -> list[dict]:
@@ -604,7 +624,7 @@ def read_records(path: Path) -> list[dict]:
         except (ValueError, KeyError, TypeError, AttributeError):
             bad.append(number)
     if bad:
-        print(f"note: {path} has {len(bad)} lines that are no record, first line {bad[0]}; they are kept",
+        print(f"note: {path}: {len(bad)} line(s) hold no record, the first is line {bad[0]}; they are kept",
               file=sys.stderr, flush=True)
     return [records[key] for key in sorted(records)]
 
@@ -627,7 +647,9 @@ def caption(name: str, length: int) -> str:
 
 
 def progress(steps, done: int, total: int, title: str, quiet: bool = False):
-    """A tqdm bar over `steps`, of which `done` of `total` were done before; in a file, a line a minute."""
+    """A tqdm bar over `steps`, of which `done` of `total` were done before; in a file, a line a minute, none
+    for what takes less."""
     from tqdm import tqdm
+    wait = 0 if sys.stderr.isatty() else 60
     return tqdm(steps, desc=title, initial=done, total=total, disable=quiet, leave=False, dynamic_ncols=True,
-                mininterval=0.1 if sys.stderr.isatty() else 60)
+                delay=wait, mininterval=wait or 0.1)

@@ -286,8 +286,8 @@ def train(args, data: ImageData | None = None, criterion: torch.nn.Module | None
             print(describe(run), flush=True)
             log = utils.RunLog(folder, (run.epoch, run.step), table=f"{folder.name}_statistics.csv")
             train_epochs(run, checkpoint, log)
-        else:
-            print(f"the run in {folder} is finished, after {run.epoch} epochs")
+            return run, log.records
+        print(f"the run in {folder} is finished, after {run.epoch} epochs")
         return run, utils.read_records(folder / "log.txt")
 
 

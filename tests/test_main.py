@@ -296,6 +296,7 @@ def test_help_does_not_import_torch():
     ("--arch vit_smal", "unknown arch 'vit_smal': did you mean vit_small"),
     ("--global_crops_size 20", "20 is no multiple of the patch size 8"),
     ("--local_crops_size 20", "vit_tiny takes no crops of 20 pixels: image sides must be multiples"),
+    ("--global_crops_size 1000000", "--global_crops_size: must be a whole number from 1 to 4096"),
     ("--arch timm/mixer_s32_224", "timm/mixer_s32_224 takes no crops of"),
     ("--global_crops_scale 0.9 0.1", "--global_crops_scale needs 0 < MIN <= MAX <= 1"),
     ("--rand_augment strong", "timm knows no RandAugment 'strong'"),

@@ -145,6 +145,7 @@ def test_the_only_network_of_a_checkpoint_needs_no_name(files, capsys):
     ("dino.pth", {"image_size": 96}, "--image_size 96 contradicts .* is 48;"),
     ("cifar.pth", {"patch_size": 16}, "--patch_size 16 contradicts"),
     ("cifar.pth", {"random_weights": True}, "either --pretrained_weights or"),
+    (None, {"random_weights": True, "arch": "vit_gigant", "patch_size": 16}, "unknown arch 'vit_gigant'"),
     (None, {}, "either --pretrained_weights or"), (None, {"random_weights": True}, "with --arch")])
 def test_mistakes_about_weights_are_one_line(name, arguments, words, files):
     assert re.search(words, refusal(load_backbone, name and files / name, **arguments))

@@ -7,6 +7,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import torch
 import utils
 from conftest import Malicious, refusal
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from utils import UserError
 
 RECIPES = {"paper": {"learn": ("a", "b"), "weights_lr": 0.1, "lr": 1e-3},
@@ -53,6 +55,15 @@ def test_errors_of_users_are_one_line(end, error, code, line):
     assert end(raises(error)) == (code, line)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: out of memory\nmore"), MemoryError()])
+def test_too_little_memory_is_one_line_with_advice(end, error):
+    code, message = end(raises(error))
+    assert code == 1 and message.endswith("out of memory; lower the batch, image or network size\n")
+    code, message = end(lambda: torch.empty(2**60))
+    assert code == 1 and "you tried to allocate" in message
+    assert message.startswith("error: rank 0: ") and message.count("\n") == 1
+
+
 def test_errors_of_several_ranks(end, tmp_path, monkeypatch):
     code, message = end(raises(LOST))
     assert code == 1 and message.startswith("Traceback")  # a single process: a defect
@@ -85,6 +96,7 @@ def test_standard_output_may_be_closed(end):
     (utils.positive_int, "1.5", "must be a whole number from 1 to 2147483647, got '1.5'"),
     (utils.non_negative_int, str(2**63), "must be a whole number from 0 to 9.22337203685e+18, got '92"),
     (utils.probability, "1.1", "must be a number from 0 to 1, got '1.1'"),
+    (utils.pixels, "1000000", "must be a whole number from 1 to 4096, got '1000000'"),
     (utils.number_or_sum, "all", "must be a number from 1e-30"), (utils.path, "", "is empty; name a file or"),
     (utils.boolean, "maybe", "must be true or false, got 'maybe'")])
 def test_values_that_flags_refuse(kind, text, message):
@@ -291,7 +303,7 @@ def test_the_log_is_only_ever_appended_to(tmp_path, capsys):
     first = [{"epoch": -1, "x": 1.5}, {"epoch": 0, "step": 2}, {"epoch": 0, "step": 4}, {"epoch": 0, "x": 1}]
     for position, count in ((1, 2), 5), ((1, 0), 4), ((0, 4), 3), ((0, 0), 1):
         assert utils.RunLog(tmp_path, position, steps=4).records == [*first, {"epoch": 1, "step": 2}][:count]
-    assert "has 5 lines that are no record, first line 2; they are kept" in capsys.readouterr().err
+    assert "5 line(s) hold no record, the first is line 2; they are kept" in capsys.readouterr().err
     new = [{"epoch": 1, "step": 2, "x": 3.0}, {"epoch": 1, "x": 4.0}]
     log = write(tmp_path, new, (1, 1), steps=4)
     assert path.read_bytes().splitlines() == old + [json.dumps(record).encode() for record in new]
@@ -334,3 +346,23 @@ def test_a_full_disk_is_one_line_in_the_log_and_in_tensorboard(tmp_path, monkeyp
     monkeypatch.setattr(owner, name, raises(FULL))
     line = refusal(log.write, {"epoch": 0, "x": 1.0})
     assert line.startswith(f"cannot write to {tmp_path}: No space left on device")
+
+
+def test_a_full_disk_at_the_start_is_one_line_too(tmp_path, end, monkeypatch):
+    monkeypatch.setattr(RecordWriter, "write", lambda self, data: raises(FULL)())  # called in a thread
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)         # pytest's is silent
+    assert end(lambda: utils.RunLog(tmp_path, (0, 0))) == (
+        2, f"error: cannot write to {tmp_path}: {FULL.strerror}. Free space, then run the same command again\n")
+
+
+def test_a_record_in_a_line_and_columns_of_two_learning_rates(tmp_path, capsys):
+    assert utils.format_record({"arch": "x", "patch_size": None, "top1": 41.25}) == "arch x  top1 41.25"
+    utils.RunLog(tmp_path, (0, 0)).write({"epoch": 0, "lr": 0.001, "train_lr": 0.0005})
+    assert capsys.readouterr().out.split() == ["epoch", "lr/256", "lr", "1", "0.001", "0.0005"]
+
+
+def test_a_bar_on_a_terminal_and_nothing_for_a_minute_in_a_file(capsys, monkeypatch):
+    for terminal, quiet in (False, False), (True, False), (True, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+        assert list(utils.progress(range(2, 6), 2, 6, "epoch 1/2", quiet)) == [2, 3, 4, 5]
+        assert ("epoch 1/2:  33%" in capsys.readouterr().err) == (terminal and not quiet)
