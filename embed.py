@@ -170,6 +170,7 @@ def write_neighbours(args, files, features, queries):
 def main(argv=None):
     args = parse_args(argv)
     device = distributed.init_distributed(args.device, args.dist_url)
+    utils.set_backends(device, deterministic=False, tf32=False)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for query in args.query or ():
         data.load_image(query)  # a mistake is reported before all images are read

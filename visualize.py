@@ -194,6 +194,7 @@ def map_picture(args, backbone, description, device):
 def main(argv=None):
     args = parse_args(argv)
     device = distributed.init_distributed(args.device, args.dist_url)
+    utils.set_backends(device, deterministic=False, tf32=False)
     backbone, description = pretrained.load_from_flags(args)
     draw = map_picture if args.picture == "map" else image_picture
     figure = draw(args, backbone.to(device), description, device)
