@@ -24,7 +24,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 # CIFAR-10's training images; the deviation is over all pixels. The 0.2023, 0.1994, 0.2010 of many recipes is
 # the mean of the deviations of single images.
@@ -391,9 +391,21 @@ class MultiCrop:
 def _rand_augment(config):
     from timm.data.auto_augment import rand_augment_transform  # slow to import, and seldom wanted
     try:
-        return rand_augment_transform(config, {})
+        return keep_one_bit(rand_augment_transform(config, {}))
     except (AssertionError, KeyError, ValueError) as error:
         raise ValueError(f"timm knows no RandAugment {config!r}; one is rand-n2-m10-mstd0.5") from error
+
+
+def keep_one_bit(rand_augment):
+    """Posterisation to a bit at least, in place: timm may ask for none, which Pillow 13 refuses."""
+    for operation in rand_augment.ops:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+    return rand_augment
+
+
+def _posterize(image, bits, **_):
+    return ImageOps.posterize(image, min(max(bits, 1), 8))
 
 
 def _rand_augmented(crop, rand_augment, seed):

@@ -71,6 +71,7 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from timm.data import Mixup, create_transform  # noqa: E402
+from timm.data.auto_augment import RandAugment  # noqa: E402
 from timm.optim import param_groups_layer_decay  # noqa: E402
 from timm.utils import ModelEmaV3  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
@@ -79,6 +80,7 @@ from torch.utils.data import DataLoader, Dataset  # noqa: E402
 import data  # noqa: E402
 import distributed  # noqa: E402
 import pretrained  # noqa: E402
+from augmentations import keep_one_bit  # noqa: E402
 from vision_transformer import ResNet, VisionTransformer, convert_sync_batchnorm  # noqa: E402
 
 
@@ -98,6 +100,9 @@ class AugmentedImages(Dataset):
         except (AssertionError, KeyError, ValueError) as error:
             raise UserError(f"timm knows no --rand_augment {args.rand_augment}; one is rand-m9-mstd0.5-inc1, "
                             "or none") from error
+        for step in self.transform.transforms:
+            if isinstance(step, RandAugment):
+                keep_one_bit(step)
 
     def __len__(self) -> int:
         return len(self.images)

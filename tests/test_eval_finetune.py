@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import torch.utils.tensorboard  # noqa: F401  (here lest every forked run imports it)
 import utils
 import vision_transformer
+from augmentations import MultiCrop
 from conftest import assert_same, refusal
 from PIL import Image
 from vision_transformer import build_backbone
@@ -203,6 +204,17 @@ def test_without_augmentation_a_view_is_the_image_or_its_mirror(images, tmp_path
     expected = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - mean) / std
     for view in (run.train[0, seed][0] for seed in range(4)):
         assert any(torch.allclose(view, x, atol=1e-5) for x in (expected, expected.flip(2)))
+
+
+def test_rand_augment_keeps_a_bit(images, tmp_path):
+    """timm would keep none at these levels, for which Pillow 13 has no answer but an error."""
+    run = build(images, tmp_path, "--rand_augment", "rand-m10-inc1")
+    step, = (step for step in run.train.transform.transforms if hasattr(step, "ops"))
+    image = Image.radial_gradient("L").convert("RGB")
+    for transform in (step, MultiCrop(rand_augment="rand-m0").rand_augment):
+        operation, = (op for op in transform.ops if op.name.startswith("Posterize"))
+        operation.prob = 1
+        assert np.unique(operation(image)).tolist() == [0, 128]
 
 
 def test_scores_are_those_of_their_formulas():
