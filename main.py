@@ -27,7 +27,8 @@ RECIPES = {
 RECIPES["hard"] = RECIPES["paper"] | {"learn": ("a", "alpha")}
 RECIPES["poster"] = RECIPES["paper"] | {"learn": ("b", "alpha")}
 FREE_ON_RESUME = ("output_dir", "data_path", "deterministic", "device", "dist_url", "local_rank",
-                  "num_workers", "print_freq", "save_every", "saveckp_freq", "knn_every", "knn_data_path", "skip_bad_images", "download")
+                  "num_workers", "print_freq", "save_every", "saveckp_freq", "knn_every", "knn_data_path",
+                  "skip_bad_images", "download")
 
 
 def parse_args(argv=None):

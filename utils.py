@@ -298,8 +298,8 @@ def autocast(device, dtype):
 
 
 def set_backends(device, deterministic: bool, tf32: bool = True) -> None:
-    """Chooses a GPU's kernels: the fastest, cuDNN's by measurement, or those that give the same bits again, if
-    `deterministic`. tf32: float32 convolutions and products with 10 bits of mantissa, outside of the objective
+    """Chooses a GPU's kernels: the fastest, cuDNN's by measurement, or if `deterministic` those that give the
+    same bits again. tf32: float32 convolutions and products with 10 bits of mantissa, except in the objective
     and k-NN, which are exact. CPUs are deterministic and exact as they are."""
     import torch
     torch.backends.cudnn.benchmark = not deterministic
@@ -314,8 +314,8 @@ def set_backends(device, deterministic: bool, tf32: bool = True) -> None:
 
 
 def memory_format(network, device, dtype):
-    """The faster layout of images and convolutions: channels_last, except for wide networks in float32 on CPUs
-    without AVX-512.
+    """The faster layout of images and convolutions: channels_last, except for wide networks in float32 on
+    CPUs without AVX-512.
 
     Images/s of a step in float32, channels_last against contiguous. AMD EPYC with AVX2, two cores: ResNet-18
     13.5 and 16.3, `small` 146 and 153, `tiny` 1,510 and 1,169. Intel Xeon, one core, held to AVX2: 21.7 and

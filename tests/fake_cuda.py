@@ -6,7 +6,7 @@
 
 Waits are reads of values by the host, and copies from memory that is not pinned: all blocking ones, and those
 of more than 64 KB, which CUDA passes through a buffer in the order of its stream. torch's FakeTensorMode
-cannot do this: its tensors have no values, on which augmentations depend, and its backward pass needs a driver.
+cannot do this: its tensors have no values, which augmentations need, and its backward pass needs a driver.
 """
 import traceback
 from pathlib import Path
@@ -170,7 +170,8 @@ class FakeCuda(TorchDispatchMode):
             raise DeviceError(f"{name} on the GPU takes no generator of the CPU")
 
         def hold(x):
-            return x.held if isinstance(x, CudaTensor) else torch.device("cpu") if isinstance(x, torch.device) else x
+            x = x.held if isinstance(x, CudaTensor) else x
+            return torch.device("cpu") if isinstance(x, torch.device) else x
         with _disable_current_modes():
             result = function(*tree_map(hold, args), **{**tree_map(hold, kwargs), **(
                 {"pin_memory": False} if "pin_memory" in kwargs else {})})
@@ -184,20 +185,18 @@ class FakeCuda(TorchDispatchMode):
             others = [] if name == "index" or isinstance(args[2], CudaTensor) else [args[2]]
         elif not (torch.Tag.pointwise in function.tags or name.startswith(("_foreach_", "where"))):
             raise DeviceError(f"{function}: tensors on cuda:0 and cpu")
-        if any(x.dim() for x in others) or name[-1] == "_" and not isinstance(tree_leaves(args)[0], CudaTensor):
+        to_cpu = name[-1] == "_" and not isinstance(tree_leaves(args)[0], CudaTensor)
+        if to_cpu or any(x.dim() for x in others):
             raise DeviceError(f"{function}: tensors on cuda:0 and cpu")
 
     @staticmethod
     def same_objects(function, args, kwargs, result):
-        """The result, where an argument was written to, that argument itself."""
-        written = {}
-        for place, (argument, value) in enumerate(zip(function._schema.arguments, args)):
+        """The result; where an argument was written to, that argument itself."""
+        written, returns = {}, function._schema.returns
+        for place, argument in enumerate(function._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[place] if place < len(args) else kwargs.get(argument.name)
                 written.update(dict.fromkeys(argument.alias_info.before_set, value))
-        written |= {label: kwargs[argument.name] for argument in function._schema.arguments
-                    if argument.name in kwargs and argument.alias_info is not None and argument.alias_info.is_write
-                    for label in argument.alias_info.before_set}
-        returns = function._schema.returns
         if not written or result is None:
             return result
         results = result if len(returns) > 1 else (result,)

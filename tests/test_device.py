@@ -1,4 +1,4 @@
-"""The scripts' work on a GPU: on a real one with TEST_GPU=0 (its index), else on the stand-in of fake_cuda.py.
+"""The scripts' work on a GPU: a real one with TEST_GPU=0 (its index), else the stand-in of fake_cuda.py.
 
 Everything on one device, the results of the CPU, and hardly a wait of the host for the device.
 """
@@ -81,13 +81,15 @@ def test_pretraining(images, gpu, flags, one_thread):
 
 def test_training_on_small_images(images, gpu, one_thread, tmp_path):
     flags = ["--dataset", "folder", "--data_path", str(images), "--arch", "tiny", "--projector", "16", "8",
-             "--batch_size", "10", "--epochs", "1", "--amp", "none", "--output_dir", str(tmp_path), "--device"]
+             "--batch_size", "10", "--epochs", "1", "--amp", "none", "--output_dir", str(tmp_path),
+             "--device"]
     expected, _ = train(cifar, lambda device: cifar.Run(cifar.parse_args([*flags, "cpu"])), CPU)
     features = cifar.features.__wrapped__(expected, expected.data.test)
     with gpu, torch.no_grad():
         with torch.enable_grad():
             run, waits = train(cifar, lambda device: cifar.Run(cifar.parse_args([*flags, "cuda"])), CUDA, gpu)
-        assert_close(cifar.features.__wrapped__(run, run.data.test).cpu(), features, rtol=TOLERANCE, atol=1e-4)
+        found = cifar.features.__wrapped__(run, run.data.test)
+        assert_close(found.cpu(), features, rtol=TOLERANCE, atol=1e-4)
         assert cifar.evaluate.__wrapped__(run)["test_auc"] > 0
         assert_close(run.sums.cpu(), expected.sums, rtol=TOLERANCE, atol=TOLERANCE)
     assert not waits
