@@ -310,7 +310,7 @@ def test_help_does_not_import_torch():
     (["--data_path", "/nowhere"], "No such file or directory: /nowhere"),
     (["--batch_size_per_gpu", "64"], "more than the data set's 21"),
     (["--batch_size_per_gpu", "1"], "--batch_size_per_gpu: must be a whole number from 2"),
-    (["--preset", "released-imagenet", "--score", "unit"], "--score cannot be used with --preset"),
+    (["--preset", "released-imagenet", "--negative_weight", "1"], "--negative_weight cannot be used with"),
     (["--preset", "released-imagenet", "--teacher", "none"], "leave --teacher none out"),
     (["--views", "4"], "--views cannot be used with a teacher"),
     (["--use_fp16", "true"], "--amp cannot be used with --use_fp16"),

@@ -127,11 +127,10 @@ def test_presets_fill_in_the_flags_that_are_not_given():
     args, parser = objective("--negative_weight", "sum")
     assert (args.learn, args.weights_lr, args.lr) == (["a", "b"], 0.1, 1e-3)
     assert utils.objective_arguments(args) == {"negative_weight": "sum", "learn": ("a", "b")}
-    assert "rate (default: 0.001 for paper, 0.01 for released-x)" in parser.format_help()
+    assert "rate (default: 0.001, 0.01 for released-x)" in parser.format_help()
     assert objective("--preset", "released-x", "--lr", "2")[0].lr == 2
     assert objective("--learn", "none")[0].learn == []
-    for argv, message in ((["--preset", "released-x", "--score", "unit"], "--score cannot be used with"),
-                          (["--learn", "none", "a"], "--learn none contradicts"),
+    for argv, message in ((["--preset", "released-x", "--negative_weight", "1"], "--negative_weight cannot"),
                           (["--learn", "none", "--weights_lr", "1"], "--weights_lr cannot be used with")):
         with pytest.raises(UserError, match=message):
             objective(*argv)
@@ -200,11 +199,11 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, capfd):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         utils.save_checkpoint(state, path)
     large = {"x": torch.zeros(50_000)}
-    assert "intact" not in run_script(lambda: fill(large), capfd) and not path.exists()
+    assert "cannot write" in run_script(lambda: fill(large), capfd) and not path.exists()
     utils.save_checkpoint({"x": 1}, path)
     message = run_script(lambda: fill(large), capfd)
-    assert message == (f"error: cannot write {path}: File too large. Its former content is intact. Free "
-                       "space, then run the same command again\n")
+    assert message == (f"error: cannot write {path}: File too large. Its former content, if any, is "
+                       "intact. Free space, then run the same command again\n")
     assert utils.load_checkpoint(path) == {"x": 1} and list(tmp_path.iterdir()) == [path]
     with pytest.raises(RuntimeError, match="a defect"):
         utils.replace_file(path, lambda file: raises(RuntimeError("a defect"))(), "wb")
@@ -353,7 +352,7 @@ def test_the_table_never_loses_a_row(tmp_path):
     with open(path) as file:
         assert list(csv.reader(file)) == [["epoch", "loss", "accuracy"], ["-1", str(-1 / 3), ""],
                                           ["0", "0.0", ""], ["1", "7.0", "3"]]
-    for content in ("a,b\n1,2\n", "epoch,x\none,2\n", "epoch\n1,2\n", ""):
+    for content in ("a,b\n1,2\n", "epoch,x\none,2\n"):
         path.write_text(content)
         with pytest.raises(UserError, match="table.csv is no table of epochs; move it away"):
             utils.RunLog(tmp_path, (1, 0), table="table.csv")
