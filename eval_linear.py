@@ -124,9 +124,10 @@ class FrozenFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if not isinstance(self.backbone, VisionTransformer):
             return self.backbone(images)
-        blocks = self.backbone.get_intermediate_layers(images, self.blocks)         # [B, 1 + patches, D] each
-        means = [blocks[-1][:, 1:].mean(1)] if self.avgpool else []
-        return torch.cat([tokens[:, 0] for tokens in blocks] + means, 1)
+        patches, prefixes = zip(*self.backbone.get_intermediate_layers(
+            images, self.blocks, return_prefix_tokens=True, norm=True))                # [B, P, D], [B, 1, D] each
+        means = [patches[-1].mean(1)] if self.avgpool else []
+        return torch.cat([prefix[:, 0] for prefix in prefixes] + means, 1)
 
     def columns(self, candidate: Candidate) -> slice:
         """The columns of the features that a candidate's head sees."""
