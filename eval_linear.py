@@ -125,7 +125,7 @@ class FrozenFeatures(nn.Module):
         if not isinstance(self.backbone, VisionTransformer):
             return self.backbone(images)
         patches, prefixes = zip(*self.backbone.get_intermediate_layers(
-            images, self.blocks, return_prefix_tokens=True, norm=True))                # [B, P, D], [B, 1, D] each
+            images, self.blocks, return_prefix_tokens=True, norm=True))              # [B, P, D], [B, 1, D] each
         means = [patches[-1].mean(1)] if self.avgpool else []
         return torch.cat([prefix[:, 0] for prefix in prefixes] + means, 1)
 

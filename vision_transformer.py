@@ -105,8 +105,8 @@ class ResNet(nn.Sequential):
 def _small_image_resnet(name: str) -> torchvision.models.ResNet:
     """A ResNet for images of 32 x 32 pixels: a 3x3 stem and no max-pool.
 
-    `small`: ResNet-10 without its last stage, 1.2 M parameters; `tiny`: a quarter as wide, 0.08 M. Their stems
-    have stride 2.
+    `small` is ResNet-10 without its last stage, 1.2 M parameters, `tiny` a quarter as wide, 0.08 M. Both have
+    a stem of stride 2.
     """
     stride = 2 if name in ("small", "tiny") else 1
     if stride == 1:
@@ -132,8 +132,8 @@ def _small_image_resnet(name: str) -> torchvision.models.ResNet:
 class ProjectionHead(nn.Module):
     """DINO's head (Caron et al., 2021), MLP, L2 normalisation, linear layer: [B, in_dim] -> [B, out_dim].
 
-    The rows of `last_layer`'s weight are g v / |v|, g = 1 at first: original0 (g, DINO's weight_g) and original1
-    (v, DINO's weight_v) of torch's parametrisation, which an EMA teacher can deepcopy.
+    The rows of `last_layer`'s weight are g v / |v|, g = 1 at first; torch's parametrisation, which an EMA
+    teacher can deepcopy, calls g original0 and v original1 (DINO: weight_g and weight_v).
 
     Args:
         hidden_dim, bottleneck_dim, layers: of the MLP, with GELU between its layers.
