@@ -488,8 +488,8 @@ def test_no_overflow_at_a_low_temperature_when_embeddings_collapse_at_once():
 @pytest.mark.parametrize("x, y, message", [
     (torch.zeros(1, 4), torch.zeros(1, 4), "at least two images"),
     (torch.zeros(0, 4), torch.zeros(0, 4), "at least two images"),
-    (torch.zeros(3, 4), torch.zeros(3, 5), "differ in shape"),
-    (torch.zeros(3, 4), torch.zeros(2, 4), "differ in shape"),
+    (torch.zeros(3, 4), torch.zeros(3, 5), "one n and D"),
+    (torch.zeros(3, 4), torch.zeros(2, 4), "one n and D"),
     (torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3, 4), "floating point"),
     (torch.zeros(3), torch.zeros(3), r"\[n, D\]"),
 ])
@@ -501,7 +501,7 @@ def test_bad_embeddings(x, y, message):
 
 @pytest.mark.parametrize("teacher, student, message", [
     ((2, 1, 4), (3, 1, 4), "at least two images"),
-    ((2, 3, 4), (3, 3, 5), "differ in shape"),
+    ((2, 3, 4), (3, 3, 5), "one n and D"),
     ((3, 3, 4), (2, 3, 4), "every teacher view"),
     ((1, 3, 4), (1, 3, 4), "every teacher view"),
     ((3, 4), (3, 4), r"\[views, n, D\]"),
@@ -515,7 +515,7 @@ def test_bad_teacher_student(teacher, student, message):
 @pytest.mark.parametrize("arguments, message", [
     (dict(learn=("a", "beta")), "beta"), (dict(score="angle"), "angle"),
     (dict(negative_weight="mean"), "mean"), (dict(margin_negative_weight=-1.0), "positive"),
-    (dict(a=math.nan), "finite"), (dict(margin=math.inf), "finite"), (dict(temperature=0.0), "temperature"),
+    (dict(temperature=0.0), "temperature"),
 ])
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
