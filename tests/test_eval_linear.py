@@ -319,41 +319,16 @@ def test_two_ranks_equal_one(sets, tmp_path, monkeypatch, arguments, tolerance):
 
 def test_evaluate_gives_the_accuracy_of_the_run(sets, tmp_path):
     assert script(flags(tmp_path, *GRID)) is None
-    head, (state, records, _) = tmp_path / "checkpoint.pth.tar", outcome(tmp_path)
-    command, results = common(tmp_path / "elsewhere"), tmp_path / "elsewhere" / "linear.txt"
-    assert script([*command, "--evaluate", "--pretrained_linear", head]) is None
-    record = json.loads(results.read_text())
+    state, records, _ = outcome(tmp_path)
+    assert script([*common(tmp_path), "--evaluate"]) is None
+    record = json.loads((tmp_path / "linear.txt").read_text())
     names = ("test_acc1", "test_acc5", "lr", "n_last_blocks")
     assert [record[name] for name in names] == [records[-1][name] for name in names]
     assert record["test_loss"] == pytest.approx(records[-1]["test_loss"], rel=1e-5)
-    assert (record["weights"], record["arch"], record["head"]) == ("random", "vit_tiny", str(head))
-    command += ["--evaluate", "--pretrained_linear"]
-    assert "another backbone" in script([*command, head, "--seed", "1"])
-    assert "--n_last_blocks cannot be used" in script([*command, head, "--n_last_blocks", "3"])
-    dino, blocks = tmp_path / "dino.pth", state["candidate"]["n_last_blocks"]  # DINO's files do not tell
-    torch.save({"state_dict": {f"module.{name}": value for name, value in state["state_dict"].items()}}, dino)
-    command += [dino, "--n_last_blocks"]
-    assert script([*command, blocks]) is None
-    dinos = json.loads(results.read_text().splitlines()[1])
-    assert dinos["test_loss"] == record["test_loss"] and "lr" not in dinos
-    assert "size mismatch" in script([*command, 3 - blocks])
-
-
-def test_dinos_heads_see_class_and_mean_token_in_turn(sets, tmp_path, monkeypatch):
-    """Features made as DINO makes them, and its head on them, against our order of the columns."""
-    _, test = sets
-    cls, mean = test.features.split(WIDTH, 1)
-    head = torch.nn.Linear(2 * WIDTH, 5)
-    logits = head(torch.cat((cls.unsqueeze(-1), mean.unsqueeze(-1)), -1).reshape(len(cls), -1))
-    weights = {f"module.linear.{name}": value for name, value in head.state_dict().items()}
-    torch.save({"state_dict": weights}, tmp_path / "dino.pth")
-    monkeypatch.setattr(eval_linear, "fixed_features", lambda *args: (test.features, test.labels))
-    command = [*common(tmp_path), "--evaluate", "--pretrained_linear", tmp_path / "dino.pth",
-               "--avgpool_patchtokens", "true", "--n_last_blocks"]
-    assert script([*command, 1]) is None
-    record = json.loads((tmp_path / "linear.txt").read_text())
-    assert record["test_loss"] == pytest.approx(F.cross_entropy(logits, test.labels).item(), rel=1e-5)
-    assert "--n_last_blocks 1" in script([*command, 4])
+    assert (record["weights"], record["arch"]) == ("random", "vit_tiny")
+    assert "another backbone" in script([*common(tmp_path), "--evaluate", "--seed", "1"])
+    utils.save_checkpoint({**state, "state_dict": {}}, tmp_path / "checkpoint.pth.tar")
+    assert "does not fit" in script([*common(tmp_path), "--evaluate"])
 
 
 def test_the_mean_over_classes_decides_where_papers_use_it():
@@ -428,8 +403,7 @@ def test_probes_of_real_features_tell_bright_from_dark(images, tmp_path, one_thr
     assert script(on_images(images, tmp_path, *more)) is None
     _, records, _ = outcome(tmp_path)
     assert records[-1]["test_acc1"] >= 80 and "n_last_blocks" not in records[-1]
-    head = tmp_path / "checkpoint.pth.tar"
-    assert script(on_images(images, tmp_path, "--evaluate", "--pretrained_linear", head)) is None
+    assert script(on_images(images, tmp_path, "--evaluate")) is None
     assert json.loads((tmp_path / "linear.txt").read_text())["test_acc1"] == records[-1]["test_acc1"]
 
 
@@ -477,10 +451,8 @@ def test_vit_features_are_dinos():
     (["--shots", "2", "--fraction", "0.1"], "--shots and --fraction"),
     (["--fraction", "1.5"], "--fraction"),
     (["--solver", "lbfgs", "--lr", "5"], "--lr cannot be used with --solver lbfgs"),
-    (["--evaluate"], "--pretrained_linear"),
-    (["--evaluate", "--pretrained_linear", "head.pth", "--shots", "2"], "--shots cannot be used"),
-    (["--pretrained_linear", "head.pth"], "--evaluate"),
-    (["--evaluate", "--pretrained_linear", "nowhere.pth"], "no checkpoint at nowhere.pth"),
+    (["--evaluate", "--shots", "2"], "--shots cannot be used"),
+    (["--evaluate"], "no checkpoint at"),
 ])
 def test_a_mistake_is_one_clear_line(images, tmp_path, arguments, words):
     assert words in script(on_images(images, tmp_path, *arguments))
