@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-OBJECTIVE = "negative_weight", "margin_negative_weight"  # arguments of AUCCLLoss that are flags
+OBJECTIVE = "negative_weight", "margin_negative_weight", "score"  # arguments of AUCCLLoss that are flags
 LOST_RANK = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out")
 
 
@@ -192,6 +192,7 @@ def add_objective_flags(parser, recipes: dict) -> None:
     add("--preset", choices=recipes, default="paper", help="objective, and the defaults that depend on it")
     add("--negative_weight", type=number_or_sum, help="nu: a number, or sum (default: the preset's)")
     add("--margin_negative_weight", type=number_or_sum, help="kappa: likewise")
+    add("--score", choices=("cosine", "unit"), help="score of a pair (default: cosine)")
     add("--learn", nargs="+", choices=("a", "b", "alpha", "none"),
         help=by_preset("learned weights of the objective", recipes, "learn"))
     add("--weights_lr", type=non_negative_float,
