@@ -183,7 +183,7 @@ def by_preset(text: str, recipes: dict, name: str) -> str:
     """A help text with the default of the preset `paper`, and of those that differ from it."""
     defaults = {preset: _show(recipe[name]) for preset, recipe in recipes.items()}
     others = [f"{value} for {preset}" for preset, value in defaults.items() if value != defaults["paper"]]
-    return f"{text} (default: {', '.join([str(defaults['paper']), *others])})"
+    return f"{text} (default: {'; '.join([str(defaults['paper']), *others])})"
 
 
 def add_objective_flags(parser, recipes: dict) -> None:
@@ -204,6 +204,8 @@ def complete_objective_flags(args: argparse.Namespace, recipes: dict) -> None:
     if args.preset.startswith("released"):
         refuse(args, OBJECTIVE, f"with --preset {args.preset}, which fixes it")
     if args.learn and "none" in args.learn:
+        if len(args.learn) > 1:
+            raise UserError("--learn none contradicts the other names behind --learn; give one of them")
         refuse(args, ("weights_lr",), "with --learn none")
         args.learn = []
     for name, value in recipes[args.preset].items():

@@ -361,7 +361,7 @@ def test_help_comes_at_once_and_names_every_preset_default(folder, script):
     command = [sys.executable, "-X", "importtime", script]
     result = subprocess.run([*command, "--help"], cwd=ROOT / folder, capture_output=True, text=True)
     assert result.returncode == 0 and "torch" not in result.stderr
-    assert "2048 1024 for paper, 512 128 for released-cifar" in " ".join(result.stdout.split())
+    assert "2048 1024; 512 128 for released-cifar" in " ".join(result.stdout.split())
 
 
 def test_folders_that_cannot_be_used(mistake, tmp_path):

@@ -127,7 +127,7 @@ def test_presets_fill_in_the_flags_that_are_not_given():
     args, parser = objective("--negative_weight", "sum")
     assert (args.learn, args.weights_lr, args.lr) == (["a", "b"], 0.1, 1e-3)
     assert utils.objective_arguments(args) == {"negative_weight": "sum", "learn": ("a", "b")}
-    assert "rate (default: 0.001, 0.01 for released-x)" in parser.format_help()
+    assert "rate (default: 0.001; 0.01 for released-x)" in parser.format_help()
     assert objective("--preset", "released-x", "--lr", "2")[0].lr == 2
     assert objective("--learn", "none")[0].learn == []
     for argv, message in ((["--preset", "released-x", "--negative_weight", "1"], "--negative_weight cannot"),
