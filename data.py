@@ -42,9 +42,10 @@ UNDECODABLE = OSError, ValueError, SyntaxError, Image.DecompressionBombError
 
 
 class LabelledImages(torch.utils.data.Dataset):
-    """RGB images and labels: item i is (transform(PIL image), int). source: read by index as (PIL image,
-    label). classes: names of the labels, or None. targets: labels of all of the source. indices: its images
-    in the set.
+    """RGB images and labels: item i is (transform(PIL image), int).
+
+    source: read by index as (PIL image, label). classes: names of the labels 0, 1, ..., or None.
+    targets: labels of all of the source. indices: its images that are in the set; None for all.
     """
 
     def __init__(self, source, classes, targets, transform=None, indices=None):

@@ -394,6 +394,12 @@ def train_heads(args, backbone: nn.Module, description: pretrained.Description, 
     if not distributed.same_over_ranks(epoch, *fingerprint):
         raise UserError("processes see different checkpoints or images; --output_dir and --data_path must be "
                         "the same folders on all hosts")
+    if first:
+        print(f"{len(fit)} images to train on, {len(held)} to choose on, {len(test)} to test on; "
+              f"classes: {num_labels}; heads: {len(candidates)}; {device}; {args.output_dir}\n"
+              f"epochs done: {epoch} of {args.epochs}", flush=True)
+    if epoch == args.epochs:
+        return
     log = utils.RunLog(args.output_dir, (epoch, 0)) if first else None
 
     def save():
@@ -404,17 +410,13 @@ def train_heads(args, backbone: nn.Module, description: pretrained.Description, 
         if first:
             utils.save_checkpoint(state | {name: part.state_dict() for name, part in parts.items()}, path)
 
-    if epoch < args.epochs:
-        if first:
-            print(f"{len(fit)} images to train on, {len(held)} to choose on, {len(test)} to test on; "
-                  f"classes: {num_labels}; heads: {len(candidates)}; {device}; {args.output_dir}", flush=True)
-        cached = args.cache_features or args.solver == "lbfgs"
-        fit_set, held_set, test_set = (
-            fixed_features(args, network, description, images, rows, device) if len(rows) else None
-            for images, rows in ((train, fit if cached else ()), (train, held), (test, range(len(test)))))
-        images = train.subset(fit)
-        if state is None:
-            save()  # from now on a log has its checkpoint
+    cached = args.cache_features or args.solver == "lbfgs"
+    fit_set, held_set, test_set = (
+        fixed_features(args, network, description, images, rows, device) if len(rows) else None
+        for images, rows in ((train, fit if cached else ()), (train, held), (test, range(len(test)))))
+    images = train.subset(fit)
+    if state is None:
+        save()  # from now on a log has its checkpoint
     while epoch < args.epochs:
         rates, scores = None, {}
         if args.solver == "lbfgs":
@@ -445,8 +447,6 @@ def train_heads(args, backbone: nn.Module, description: pretrained.Description, 
         if first:
             log.write(record)
         save()
-    if first and log.records:
-        print(f"done: {utils.format_record(log.records[-1] | {'epoch': epoch})}", flush=True)
 
 
 def evaluate_head(args, backbone: nn.Module, description: pretrained.Description, device) -> None:

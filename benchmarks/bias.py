@@ -32,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+import auccl_loss  # noqa: E402
 import utils  # noqa: E402
-from auccl_loss import AUCCLLoss, symmetric_moments, unit_rows  # noqa: E402
+from auccl_loss import AUCCLLoss, log_mean_exp, symmetric_moments, unit_rows  # noqa: E402
 from benchmarks.losses import build_loss  # noqa: E402
 from benchmarks.measure import RESULTS, read_table, write_table  # noqa: E402
 from cifar import main as cifar  # noqa: E402
@@ -42,12 +43,14 @@ from cifar.data import load_data  # noqa: E402
 GROUPS, T_95 = 8, 2.365     # groups of minibatches; Student's t, two-sided 95 %, 7 degrees of freedom
 NORMAL_95 = 1.96
 VIEWS, CUTS, DRAWS = 101, 102, 103  # random streams
-LOSSES = {  # name -> the loss, given a, b, alpha at the population's saddle
-    "AUC-CL": lambda saddle: AUCCLLoss(**saddle, learn=()),
-    "AUC-CL, a b alpha from the batch": lambda saddle: build_loss("ClosedForm"),
-    "NT-Xent, T = 0.1": lambda saddle: build_loss("NTXentLoss", temperature=0.1),
-    "NT-Xent, T = 0.2": lambda saddle: build_loss("NTXentLoss", temperature=0.2),
-    "NT-Xent, T = 0.5": lambda saddle: build_loss("NTXentLoss", temperature=0.5),
+LOSSES = {  # name -> the loss for a population, AUC-CL's weights at its saddle
+    "AUC-CL": lambda population: AUCCLLoss(**population.saddle(), learn=()),
+    "AUC-CL hard": lambda population: population.hard(),
+    "AUC-CL, a b alpha from the batch": lambda population: build_loss("ClosedForm"),
+    "DCL, T = 0.1": lambda population: build_loss("DCLLoss", temperature=0.1),
+    "NT-Xent, T = 0.1": lambda population: build_loss("NTXentLoss", temperature=0.1),
+    "NT-Xent, T = 0.2": lambda population: build_loss("NTXentLoss", temperature=0.2),
+    "NT-Xent, T = 0.5": lambda population: build_loss("NTXentLoss", temperature=0.5),
 }
 
 
@@ -65,6 +68,15 @@ class Population:
         moments = symmetric_moments(*unit_rows(self.z))
         a, b = moments.positive_mean.item(), moments.negative_mean.item()
         return {"a": a, "b": b, "alpha": 1 - a + b}
+
+    @torch.no_grad()
+    def hard(self) -> AUCCLLoss:
+        """The preset hard with its weights and u where they settle, held."""
+        loss, z = AUCCLLoss.preset("hard", learn=()).eval(), unit_rows(self.z)
+        loss.u.copy_(log_mean_exp(z, z, loss.temperature, same_view=True))
+        loss.a.copy_(symmetric_moments(*z).positive_mean)
+        loss.alpha.copy_(loss.margin - loss.a + loss.temperature * loss.u)
+        return loss
 
     def embedding_gradient(self, loss, rows: Tensor) -> Tensor:
         """Gradient of the loss on a batch of images with respect to their embeddings: [2, B, D]."""
@@ -138,12 +150,13 @@ def measure(population: Population, loss, batch_size: int, cuts: int, draws: int
             for end, value in zip(("", "_low", "_high"), values)}
 
 
-def load_population(checkpoint: Path, data_path: Path | None, images: int, seed: int) -> Population:
+def load_population(checkpoint: Path, data_path: Path | None, images: int, seed: int,
+                    device: str) -> Population:
     """The network of a cifar/main.py checkpoint, and two views of a random choice of its training images."""
     state = utils.load_checkpoint(checkpoint)
     if not state.get("backbone", {}).get("arch", "").startswith("cifar/"):
         raise utils.UserError(f"{checkpoint} is no checkpoint of cifar/main.py")
-    args = argparse.Namespace(**state["args"] | {"device": "cpu", "amp": "none"})
+    args = argparse.Namespace(**state["args"] | {"device": device, "amp": "none"})
     data = load_data(args.dataset, Path(data_path or args.data_path), args.image_size)
     if images > len(data.train):
         raise utils.UserError(f"--images {images} is more than the {len(data.train)} training images")
@@ -151,7 +164,7 @@ def load_population(checkpoint: Path, data_path: Path | None, images: int, seed:
     utils.load_parts(state, {"student": run.model}, checkpoint)
     choice, generator = (torch.Generator().manual_seed(utils.stream_seed(seed, *stream))
                          for stream in ((VIEWS,), (VIEWS, 1)))
-    chosen = data.train[torch.randperm(len(data.train), generator=choice)[:images]]
+    chosen = data.train[torch.randperm(len(data.train), generator=choice)[:images]].to(run.device)
     return Population(nn.Sequential(run.model.backbone, run.model.head),
                       torch.stack([*run.augment(chosen, generator)]))
 
@@ -169,14 +182,17 @@ def main(argv=None):
     add("--cuts", type=utils.positive_int, default=4, help="cuts of the population, per group of minibatches")
     add("--draws", type=utils.number(int, 2, 10**6), default=64, help="single minibatches for the deviation")
     add("--seed", type=utils.non_negative_int, default=0, help="seed of views and minibatches")
+    add("--device", default="auto", help="auto, cpu or cuda")
     add("--output", type=Path, default=RESULTS / "bias.csv", help="table")
     args = parser.parse_args(argv)
     if wrong := [size for size in args.batch_sizes if args.images % size]:
         raise utils.UserError(f"--batch_sizes {wrong[0]} does not divide --images {args.images}")
+    auccl_loss.BLOCK = 2 * args.images  # (2) takes all pairs of a population, as the other losses do
+    torch.backends.cudnn.allow_tf32 = False  # its rounding would be a bias
     for checkpoint in args.checkpoints:
-        population = load_population(checkpoint, args.data_path, args.images, args.seed)
+        population = load_population(checkpoint, args.data_path, args.images, args.seed, args.device)
         for name in args.losses:
-            loss = LOSSES[name](population.saddle())
+            loss = LOSSES[name](population).to(population.z.device)
             for size in args.batch_sizes:
                 key = {"network": checkpoint.resolve().parent.name, "loss": name, "batch_size": str(size)}
                 rows = read_table(args.output)

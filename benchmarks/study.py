@@ -14,15 +14,16 @@ in the table are done. A failing run stops no other.
 """
 import json
 import multiprocessing
+import multiprocessing.connection
 import re
+import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
+import torch.utils.tensorboard  # noqa: E402, F401  (here lest every forked run imports it)
 from sklearn.linear_model import LogisticRegression  # noqa: E402
 
 import utils  # noqa: E402
@@ -36,7 +37,6 @@ from data import split_by_class  # noqa: E402
 L2 = 1e-3           # weight decay of the linear probe
 SUBSET_STREAM, HELD_OUT_STREAM = 7, 8   # random streams of the choice of images
 COLUMNS = ("preset", "arch", "views", "batch_size", "epochs", "lr", "projector", "seed")
-SUBSETS = {}        # images -> the data with so many training images; forked processes share the memory
 OF_AUCCL = ("weights_lr", "negative_weight", "margin_negative_weight", "learn", "score")  # empty elsewhere
 
 
@@ -90,10 +90,9 @@ def describe(config: Config, args) -> dict:
     return row
 
 
-def train(config: Config, args, images: int) -> list[dict]:
-    """Trains or resumes a run on SUBSETS[images]; its rows of the table."""
-    criterion = None if config.loss == "AUCCLLoss" else build_loss(config.loss, **config.options)
-    run, records = cifar.train(args, SUBSETS[images], criterion)
+def train(config: Config, args, data: ImageData, criterion) -> list[dict]:
+    """Trains or resumes a run; its rows of the table."""
+    run, records = cifar.train(args, data, criterion)
     rows = [describe(config, args) | record for record in records]
     rows[-1]["linear"] = linear_accuracy(run)
     return rows
@@ -109,24 +108,36 @@ def linear_accuracy(run) -> float:
     return 100 * probe.score(((test - mean) / scale).numpy(), data.test_labels.numpy())
 
 
-def train_all(jobs, processes: int):
-    """Yields every (config, args, images) with its rows, or the UserError that ended it, as the runs end."""
-    def outcome(function, *job):
+def train_all(jobs: list, processes: int):
+    """Yields the arguments of every `train` with its rows, or the UserError that ended it, as the runs end.
+    Side by side each run has a forked process, which shares the images and saves when this one ends."""
+    def outcome(job):
         try:
-            return function(*job)
+            return train(*job)
         except utils.UserError as error:
             return error
 
     if processes == 1:
-        yield from ((job, outcome(train, *job)) for job in jobs)
+        yield from ((job, outcome(job)) for job in jobs)
         return
-    try:
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
-            futures = {pool.submit(train, *job): job for job in jobs}
-            yield from ((futures[future], outcome(future.result)) for future in as_completed(futures))
-    except BrokenProcessPool as error:
-        raise utils.UserError("a run's process was killed, perhaps for want of memory; lower --processes and "
-                              "run the same command again") from error
+    context, waiting, running = multiprocessing.get_context("fork"), jobs[::-1], {}
+    former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly exit ends the children
+    while waiting or running:
+        while waiting and len(running) < processes:
+            job = waiting.pop()
+            receiver, sender = context.Pipe(duplex=False)
+            context.Process(target=lambda job, sender: sender.send(outcome(job)), args=(job, sender),
+                            daemon=True).start()
+            sender.close()
+            running[receiver] = job
+        for receiver in multiprocessing.connection.wait(running):
+            job = running.pop(receiver)
+            try:
+                yield job, receiver.recv()
+            except EOFError:
+                yield job, utils.UserError("its process died; see above, or lower --processes if memory ran "
+                                           "out, then run the same command again")
+    signal.signal(signal.SIGTERM, former)
 
 
 def main(argv=None):
@@ -143,21 +154,23 @@ def main(argv=None):
     args, common = parser.parse_known_args(argv)
     if args.processes > 1:
         torch.set_num_threads(1)    # OpenMP's threads do not survive a fork
-    jobs = []
+    runs = []
     for name in args.studies:
         study, folder = STUDIES[name], args.output_dir / (name + "_held_out" * bool(args.held_out))
         images = study.images if args.images is None else args.images
-        jobs += [(config, parse_flags(config, study, common, folder), images)
+        runs += [(config, parse_flags(config, study, common, folder), images,
+                  None if config.loss == "AUCCLLoss" else build_loss(config.loss, **config.options))
                  for config in study.configs if re.search(args.only, config.name)]
-    if not jobs:
+    if not runs:
         names = ", ".join(config.name for name in args.studies for config in STUDIES[name].configs)
         raise utils.UserError(f"--only {args.only} matches none of {names}")
-    first = jobs[0][1]
+    first = runs[0][1]
     data = hold_out(load_data(first.dataset, first.data_path, first.image_size), args.held_out)
-    SUBSETS.update({images: choose_images(data, images) for _, _, images in jobs})
-    jobs = [job for job in jobs if job[0].name not in {row["run"] for row in read_table(table_of(job[1]))}]
+    subsets = {images: choose_images(data, images) for images in {run[2] for run in runs}}
+    jobs = [(config, flags, subsets[images], criterion) for config, flags, images, criterion in runs
+            if config.name not in {row["run"] for row in read_table(table_of(flags))}]
     failed = []
-    for (config, flags, _), rows in train_all(jobs, args.processes):
+    for (config, flags, *_), rows in train_all(jobs, args.processes):
         if isinstance(rows, utils.UserError):
             failed.append(config.name)
             print(f"{config.name}: {rows}", file=sys.stderr, flush=True)

@@ -17,6 +17,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: more threads get 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import utils  # noqa: E402
+
 
 @pytest.fixture
 def one_thread():
@@ -46,6 +48,28 @@ def write_noise(folder: Path, counts: dict, classes=("dark", "light")) -> Path:
                 image = Image.fromarray(pixels + np.uint8(127 * label // (len(classes) - 1)))
                 (image.convert("L") if index == 0 else image).save(folder / split / name / f"{index}.png")
     return folder
+
+
+def refusal(function, *args, **kwargs) -> str:
+    """The line that a user reads when this call, which must fail, ends a script."""
+    with pytest.raises((utils.UserError, OSError)) as error:
+        function(*args, **kwargs)
+    return utils.reason(error.value)
+
+
+class Malicious:
+    """Makes a folder when a file that holds it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def assert_same(state, other):
+    """The same keys and the same bits, all through."""
+    torch.testing.assert_close(state, other, rtol=0, atol=0)
 
 
 def run_ranks(function, world: int, *args) -> list:

@@ -24,11 +24,13 @@ def normal(*shape, seed=0):
 
 
 def embeddings(form, n, dim, seed=0):
-    """Branches whose positives agree more than chance: [n, D] twice, or [2, n, D] and [5, n, D]."""
+    """Branches whose positives agree more than chance: [n, D] twice, or a teacher's [2, n, D] and a student's
+    [5, n, D], [2, n, D] if of the teacher's views alone."""
     image = normal(n, dim, seed=seed)
     if form == "symmetric":
         return [(image + normal(n, dim, seed=seed + k)).requires_grad_() for k in (1, 2)]
-    teacher, student = image + normal(2, n, dim, seed=seed + 1), image + normal(5, n, dim, seed=seed + 2)
+    views = 2 if form == "global" else 5
+    teacher, student = image + normal(2, n, dim, seed=seed + 1), image + normal(views, n, dim, seed=seed + 2)
     return [teacher, student.requires_grad_()]
 
 
@@ -45,38 +47,32 @@ def moments_of(form, x, y, gram=None):
     return function(unit_rows(x), unit_rows(y), gram=gram)
 
 
-def gradients(loss, tensors):
-    return torch.autograd.grad(loss, [t for t in tensors if t.requires_grad], retain_graph=True)
-
-
 def assert_close(ours, reference, tolerance=1e-10):
     torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance)
+
+
+def assert_equal(ours, reference, variables, criterion=None, nu=1.0, tolerance=1e-10):
+    """The same value and gradients; those of the criterion's b divided by nu, of its alpha reversed."""
+    variables = [x for x in (*variables, *(criterion.parameters() if criterion else ())) if x.requires_grad]
+    mine, theirs = ([x, *torch.autograd.grad(x, variables, retain_graph=True)] for x in (ours, reference))
+    if criterion:
+        theirs[-2:] = theirs[-2] / nu, -theirs[-1]
+    assert_close(mine, theirs, tolerance)
 
 
 # --------------------------------------------------------------------------------- equality with brute force
 
 @pytest.mark.parametrize("n, dim", [(2, 7), (5, 12), (9, 6)])  # 2n below, n below, and n above D
 @pytest.mark.parametrize("gram", [True, False, None])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "global"])
 def test_moments_equal_brute_force(form, gram, n, dim):
     x, y = embeddings(form, n, dim)
     moments = moments_of(form, x, y, gram)
     positive, negative = pairs(form, x, y)
     expected = (positive.mean(), positive.square().mean(), negative.mean(), negative.square().mean())
-    for index, (ours, reference) in enumerate(zip(moments, expected)):
-        assert_close(ours, reference)
-        for mine, theirs in zip(gradients(ours, (x, y)), gradients(reference, (x, y))):
-            assert_close(mine, theirs)
+    for ours, reference in zip(moments, expected):
+        assert_equal(ours, reference, (x, y))
     assert moments.negatives == (2 * n - 2 if form == "symmetric" else n - 1)
-
-
-def test_a_student_of_global_views_alone():
-    teacher, student = normal(2, 4, 3), normal(2, 4, 3, seed=1)
-    for gram in (True, False):
-        moments = teacher_student_moments(unit_rows(teacher), unit_rows(student), gram=gram)
-        positive, negative = ref.teacher_student_pairs(teacher, student)
-        assert_close(moments.positive_mean, positive.mean())
-        assert_close(moments.negative_square, negative.square().mean())
 
 
 @pytest.mark.parametrize("nu, kappa", [(1.0, 1.0), (16.0, 1.0), ("sum", "sum")])
@@ -87,21 +83,15 @@ def test_loss_equals_brute_force_with_alpha_reversed_and_b_scaled(form, temperat
                           margin_negative_weight=kappa, temperature=temperature).double()
     if temperature:
         criterion.u.fill_(1.5)
-    n = 5
-    x, y = embeddings(form, n, 6)
+    x, y = embeddings(form, 5, 6)
     positive, negative = pairs(form, x, y)
-    number = 2 * n - 2 if form == "symmetric" else n - 1
+    number = 8 if form == "symmetric" else 4
     nu, kappa = (number if weight == "sum" else weight for weight in (nu, kappa))
     reference = ref.auc_loss(positive, negative, *criterion.parameters(), 0.9, nu, kappa, score, temperature,
                              u=1.5)
-    loss = call(criterion, form, x, y)
-    assert_close(loss, reference)
-    *embedding_grads, a, b, alpha = gradients(reference, (x, y, *criterion.parameters()))
-    for mine, theirs in zip(gradients(loss, (x, y, *criterion.parameters())),
-                            (*embedding_grads, a, b / nu, -alpha), strict=True):
-        assert_close(mine, theirs)
+    assert_equal(call(criterion, form, x, y), reference, (x, y), criterion, nu)
     assert criterion.stats["positive"] == pytest.approx(ref.SCORES[score](positive).mean().item(), abs=1e-12)
-    assert criterion.means[1].item() == pytest.approx(ref.SCORES[score](negative).mean().item(), abs=1e-12)
+    assert_close(criterion.means[1], ref.SCORES[score](negative).mean().detach(), 1e-12)
 
 
 @pytest.mark.parametrize("temperature", [None, 0.2])
@@ -112,27 +102,19 @@ def test_any_number_of_views_equals_brute_force(number, dim, temperature):
     criterion = AUCCLLoss(b=0.1, negative_weight="sum", temperature=temperature).double()
     if temperature:
         criterion.u.fill_(0.5)
-    loss = criterion(*views)
     reference = ref.auc_loss(*ref.symmetric_pairs(*views), *criterion.parameters(), 1, number * 4, 1,
                              "cosine", temperature, u=0.5)
-    assert_close(loss, reference)
-    for mine, theirs in zip(gradients(loss, views), gradients(reference, views), strict=True):
-        assert_close(mine, theirs)
+    assert_equal(criterion(*views), reference, views)
 
 
 def test_the_poster_holds_a_and_sums_over_each_anchors_negatives():
     criterion = AUCCLLoss.preset("poster").double()
     x, y = embeddings("symmetric", 5, 6)
-    loss = criterion(x, y)
-    b, alpha = (torch.tensor(w, dtype=torch.float64, requires_grad=True) for w in (0.0, 1.0))
+    _, b, alpha = criterion.parameters()
     positive, negative = ref.symmetric_pairs(x, y)
     sums = ((negative - b)**2 + 2 * alpha * negative).view(10, 8).sum(1)  # of each anchor
     reference = ((positive - 1)**2 + 2 * alpha * (1 - positive)).mean() + sums.mean() - alpha**2
-    assert_close(loss, reference)
-    *embedding_grads, grad_b, grad_alpha = gradients(reference, (x, y, b, alpha))
-    for mine, theirs in zip(gradients(loss, (x, y, *criterion.parameters())),
-                            (*embedding_grads, grad_b / 8, -grad_alpha), strict=True):
-        assert_close(mine, theirs)
+    assert_equal(criterion(x, y), reference, (x, y), criterion, nu=8)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -166,20 +148,15 @@ def test_large_batches_take_the_pairs_within_blocks(monkeypatch):
 def test_at_a_large_temperature_the_loss_is_equation_1(form):
     x, y = embeddings(form, 5, 6)
     losses = [call(AUCCLLoss(negative_weight=8.0, temperature=t).double(), form, x, y) for t in (None, 1e6)]
-    assert_close(losses[1], losses[0], 1e-5)
-    for mine, theirs in zip(gradients(losses[1], (x, y)), gradients(losses[0], (x, y))):
-        assert_close(mine, theirs, 1e-5)
+    assert_equal(*losses, (x, y), tolerance=1e-5)
 
 
 def test_released_cifar_equals_its_formula():
     weights = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (10.0, 0.3, 1.0)]
     z0, z1 = embeddings("symmetric", 5, 4)
     z1.data[0] = -z0.data[0]  # a cosine that is clamped
-    loss, *means = released_cifar(z0, z1, *weights)
-    reference = ref.released_cifar(z0, z1, *weights)
-    for mine, theirs in zip((loss, *gradients(loss, (z0, z1, *weights))),
-                            (reference, *gradients(reference, (z0, z1, *weights))), strict=True):
-        assert_close(mine, theirs)
+    loss, *_ = released_cifar(z0, z1, *weights)
+    assert_equal(loss, ref.released_cifar(z0, z1, *weights), (z0, z1, *weights))
     criterion = AUCCLLoss.preset("released-cifar", b=0.3).double()
     assert_close(criterion(z0, z1), ref.released_cifar(z0, z1, 10.0, criterion.b, 1.0))
     assert criterion.param_groups(lr=0.1)[0]["params"] == [criterion.b]
@@ -192,10 +169,8 @@ def test_released_imagenet_equals_its_formula():
     center = torch.zeros(4, dtype=torch.float64)
     for seed in range(3):  # the center moves between calls
         teacher, student = embeddings("teacher_student", 5, 4, seed=10 * seed)
-        loss = criterion.teacher_student(teacher, student)
         reference = ref.released_imagenet(teacher, student, center)
-        assert_close(loss, reference)
-        assert_close(gradients(loss, (student,))[0], gradients(reference, (student,))[0])
+        assert_equal(criterion.teacher_student(teacher, student), reference, (student,))
         q, k = ((teacher - center) / 0.04).softmax(-1), student.detach() / 0.1
         products = ref.teacher_student_pairs(q, k, torch.dot)
         assert_close(criterion.means, torch.stack([(1 + x.mean()) / 2 for x in products]))
@@ -222,7 +197,7 @@ def test_first_and_second_derivatives(form, gram):
 def test_torch_func_grad_equals_autograd(form, preset, n):
     x, y = embeddings(form, n, 6)
     criterion = AUCCLLoss.preset(preset).double()
-    expected, = gradients(call(criterion, form, x.detach(), y), (y,))
+    expected, = torch.autograd.grad(call(criterion, form, x.detach(), y), y)
     assert_close(torch.func.grad(lambda y: call(criterion, form, x.detach(), y))(y.detach()), expected)
     assert criterion.stats["positive"] <= 1
 
@@ -338,20 +313,15 @@ def test_held_weights_have_no_group_and_no_gradient():
 def test_collapse_is_no_minimum_of_the_defaults():
     """A student facing a fixed teacher can reach any mean cosine c. With kappa = nu > 1, the collapsed
     a = b = c = -m/(nu - 1) has loss 0; with the default kappa = 1 every collapsed network pays m^2."""
-    teacher = torch.zeros(1, 6, 2, dtype=torch.float64)
-    teacher[..., 0] = 1
-
     def collapsed_loss(kappa, nu, c, temperature=None):
-        student = torch.tensor([c, math.sqrt(1 - c * c)], dtype=torch.float64).expand(2, 6, 2)
+        teacher, student = (torch.tensor([x, math.sqrt(1 - x * x)], dtype=torch.float64) for x in (1, c))
         criterion = AUCCLLoss(a=c, b=c, alpha=1 - c + kappa * c, negative_weight=nu,
-                              margin_negative_weight=kappa, temperature=temperature)
-        return criterion.double().teacher_student(teacher, student).item()
+                              margin_negative_weight=kappa, temperature=temperature).double()
+        return criterion.teacher_student(teacher.expand(1, 6, 2), student.expand(2, 6, 2)).item()
     assert collapsed_loss(kappa=4.0, nu=4.0, c=-1 / 3) == pytest.approx(0, abs=1e-12)
-    for c in (-0.9, -1 / 3, 0.0, 0.5, 1.0):
-        loss = collapsed_loss(kappa=AUCCLLoss().margin_negative_weight, nu=4.0, c=c)
-        assert loss == pytest.approx(1, abs=1e-12)
-        loss = collapsed_loss(kappa=1.0, nu=4.0, c=c, temperature=0.1)
-        assert loss == pytest.approx(1, abs=1e-12)
+    default = AUCCLLoss().margin_negative_weight
+    for c, t in itertools.product((-0.9, -1 / 3, 0.0, 0.5, 1.0), (None, 0.1)):
+        assert collapsed_loss(default, 4.0, c, t) == pytest.approx(1, abs=1e-12)
 
 
 @pytest.mark.parametrize("views", [2, 3])
@@ -368,17 +338,7 @@ def test_hard_leaves_collapse(views):
 
 # ----------------------------------------------------------------------------------------------- unbiasedness
 
-def batch_gradients(loss, network, views, variables, size):
-    """The mean over ALL batches of `size` images of the population of the variables' gradients, flat."""
-    batches = [list(batch) for batch in itertools.combinations(range(len(views[0])), size)]
-    grads = [torch.autograd.grad(loss(*(network(v[batch]) for v in views)), variables) for batch in batches]
-    return torch.stack([torch.cat([g.reshape(-1) for g in grad]) for grad in grads]).mean(0)
-
-
-def relative_bias(loss, network, views, size):
-    variables = list(network.parameters())
-    population = batch_gradients(loss, network, views, variables, len(views[0]))
-    return (batch_gradients(loss, network, views, variables, size) - population).norm() / population.norm()
+VIEWS = normal(3, 6, 4)  # of 6 images
 
 
 def small_network():
@@ -388,50 +348,45 @@ def small_network():
     return network
 
 
-@pytest.mark.parametrize("size", range(2, 7))
-@pytest.mark.parametrize("nu, kappa", [(16.0, 1.0), (4.0, 4.0)])
-def test_every_batch_size_is_unbiased(size, nu, kappa):
-    network, views = small_network(), [normal(6, 4, seed=1), normal(6, 4, seed=2)]
-    criterion = AUCCLLoss(a=0.3, b=0.1, alpha=0.6, negative_weight=nu, margin_negative_weight=kappa).double()
-    variables = [*network.parameters(), criterion.a, criterion.b, criterion.alpha]
-    population = batch_gradients(criterion, network, views, variables, 6)
-    assert_close(batch_gradients(criterion, network, views, variables, size), population)
-
-    assert (relative_bias(ref.nt_xent, network, views, size) > 0.02) == (size < 6)  # bias is seen
+def relative_bias(loss, network, size, weights=()):
+    """Of the gradient for network and weights: its mean over ALL batches of `size` of the 6 images, against
+    that of all 6."""
+    def mean_gradient(size):
+        batches = [VIEWS[:, list(batch)] for batch in itertools.combinations(range(6), size)]
+        grads = [torch.autograd.grad(loss(*network(views)), [*network.parameters(), *weights])
+                 for views in batches]
+        return torch.stack([torch.cat([g.flatten() for g in grad]) for grad in grads]).mean(0)
+    return ((mean_gradient(size) - mean_gradient(6)).norm() / mean_gradient(6).norm()).item()
 
 
 @pytest.mark.parametrize("size", range(2, 6))
-@pytest.mark.parametrize("temperature", [0.1, 0.5])
-def test_hard_negatives_are_unbiased_where_logs_of_batch_means_are_not(temperature, size):
-    network, views = small_network(), [normal(6, 4, seed=1), normal(6, 4, seed=2)]
-    criterion = AUCCLLoss(a=0.3, b=0.1, alpha=0.6, temperature=temperature).double().eval()
-    _, negative = ref.symmetric_pairs(*map(network, views))
-    criterion.u = (negative / temperature).exp().mean().log().detach().requires_grad_()
-    variables = [*network.parameters(), *criterion.parameters(), criterion.u]
-    population = batch_gradients(criterion, network, views, variables, 6)
-    assert_close(batch_gradients(criterion, network, views, variables, size), population)
+@pytest.mark.parametrize("form, options", [
+    ("symmetric", {}), ("symmetric", dict(negative_weight=4.0, margin_negative_weight=4.0)),
+    ("symmetric", dict(temperature=0.1)), ("symmetric", dict(temperature=0.5)), ("teacher_student", {})])
+def test_every_batch_size_is_unbiased(form, options, size):
+    network, criterion = small_network(), AUCCLLoss(a=0.3, b=0.1, alpha=0.6, **options).double().eval()
+    weights = [*criterion.parameters()]
+    if temperature := criterion.temperature:
+        _, negative = ref.symmetric_pairs(*network(VIEWS))
+        criterion.u = (negative / temperature).exp().mean().log().detach().requires_grad_()
+        weights.append(criterion.u)
 
-    def of_this_batch(z0, z1):  # u from the batch itself
+    def loss(*views):
+        x, y = views[:2] if form == "symmetric" else (torch.stack(views[:2]).detach(), torch.stack(views))
+        return call(criterion, form, x, y)
+    assert relative_bias(loss, network, size, weights) < 1e-10
+
+
+@pytest.mark.parametrize("size", range(2, 7))
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_softmax_losses_and_logs_of_batch_means_are_biased(temperature, size):
+    def log_of_this_batch(z0, z1, _):
         z = unit_rows(torch.stack([z0, z1]))
         hardest = temperature * log_mean_exp(z, z, temperature, same_view=True)
         return hardest - symmetric_moments(*z).positive_mean
-    for loss in (of_this_batch, lambda z0, z1: ref.dcl(z0, z1, temperature)):
-        assert relative_bias(loss, network, views, size) > 1e-3
-
-
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_the_teacher_student_form_is_unbiased(size):
-    teacher, student = (x.detach() for x in embeddings("teacher_student", 5, 3))
-    weight = normal(3, 3, seed=9).requires_grad_()
-    criterion = AUCCLLoss(a=0.3, b=0.1, alpha=0.6).double()
-
-    def mean_gradient(n):
-        batches = [list(batch) for batch in itertools.combinations(range(5), n)]
-        grads = [torch.autograd.grad(criterion.teacher_student(teacher[:, batch], student[:, batch] @ weight),
-                                     (weight, *criterion.parameters())) for batch in batches]
-        return [torch.stack(g).mean(0) for g in zip(*grads)]
-    for mine, population in zip(mean_gradient(size), mean_gradient(5)):
-        assert_close(mine, population)
+    for loss in (log_of_this_batch, lambda z0, z1, _: ref.nt_xent(z0, z1, temperature),
+                 lambda z0, z1, _: ref.dcl(z0, z1, temperature)):
+        assert (relative_bias(loss, small_network(), size) > 1e-3) == (size < 6)
 
 
 # ------------------------------------------------------------------------------------------------------ edges
@@ -456,14 +411,11 @@ def test_low_precision_inputs_and_autocast(preset, form, dtype):
 @pytest.mark.parametrize("kind", ["equal", "zero", "one zero", "large"])
 def test_degenerate_embeddings_stay_finite(form, preset, n, kind):
     x, y = (z.detach().float() for z in embeddings(form, n, 8))
-    if kind == "equal":
-        x[:], y[:] = 1.0, 1.0
-    elif kind == "zero":
-        x[:], y[:] = 0.0, 0.0
-    elif kind == "one zero":
-        x[..., 0, :], y[..., 0, :] = 0.0, 0.0
-    else:
-        x, y = x * 1e15, y * 1e15
+    for z in (x, y):
+        if kind == "large":
+            z *= 1e15
+        else:
+            z[..., :1 if kind == "one zero" else n, :] = kind == "equal"
     x, y = x.requires_grad_(), y.requires_grad_()
     criterion = AUCCLLoss.preset(preset)
     loss = call(criterion, form, x, y)
@@ -485,27 +437,25 @@ def test_no_overflow_at_a_low_temperature_when_embeddings_collapse_at_once():
         assert loss.isfinite() and z.grad.isfinite().all() and criterion.u.isfinite()
 
 
-@pytest.mark.parametrize("x, y, message", [
-    (torch.zeros(1, 4), torch.zeros(1, 4), "at least two images"),
-    (torch.zeros(0, 4), torch.zeros(0, 4), "at least two images"),
-    (torch.zeros(3, 4), torch.zeros(3, 5), "one n and D"),
-    (torch.zeros(3, 4), torch.zeros(2, 4), "one n and D"),
-    (torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3, 4), "floating point"),
-    (torch.zeros(3), torch.zeros(3), r"\[n, D\]"),
-])
-def test_bad_embeddings(x, y, message):
+@pytest.mark.parametrize("shapes, message", [
+    ([(1, 4), (1, 4)], "at least two images"), ([(0, 4), (0, 4)], "at least two images"),
+    ([(3, 4), (3, 5)], "one n and D"), ([(3, 4), (2, 4)], "one n and D"),
+    ([(3,), (3,)], r"\[n, D\]")])
+def test_bad_embeddings(shapes, message):
     for criterion in (AUCCLLoss(), AUCCLLoss.preset("released-cifar")):
         with pytest.raises(ValueError, match=message):
-            criterion(x, y)
+            criterion(*map(torch.zeros, shapes))
+        with pytest.raises(ValueError, match="floating point"):
+            criterion(torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3, 4))
+    for views in ([], [torch.zeros(3, 4)]):
+        with pytest.raises(ValueError, match="two views"):
+            AUCCLLoss()(*views)
 
 
 @pytest.mark.parametrize("teacher, student, message", [
-    ((2, 1, 4), (3, 1, 4), "at least two images"),
-    ((2, 3, 4), (3, 3, 5), "one n and D"),
-    ((3, 3, 4), (2, 3, 4), "every teacher view"),
-    ((1, 3, 4), (1, 3, 4), "every teacher view"),
-    ((3, 4), (3, 4), r"\[views, n, D\]"),
-])
+    ((2, 1, 4), (3, 1, 4), "at least two images"), ((2, 3, 4), (3, 3, 5), "one n and D"),
+    ((3, 3, 4), (2, 3, 4), "every teacher view"), ((1, 3, 4), (1, 3, 4), "every teacher view"),
+    ((3, 4), (3, 4), r"\[views, n, D\]")])
 def test_bad_teacher_student(teacher, student, message):
     for criterion in (AUCCLLoss(), AUCCLLoss.preset("released-imagenet")):
         with pytest.raises(ValueError, match=message):
@@ -515,28 +465,20 @@ def test_bad_teacher_student(teacher, student, message):
 @pytest.mark.parametrize("arguments, message", [
     (dict(learn=("a", "beta")), "beta"), (dict(score="angle"), "angle"),
     (dict(negative_weight="mean"), "mean"), (dict(margin_negative_weight=-1.0), "positive"),
-    (dict(temperature=0.0), "temperature"),
-])
+    (dict(temperature=0.0), "temperature")])
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         AUCCLLoss(**arguments)
 
 
-@pytest.mark.parametrize("views", [[], [torch.zeros(3, 4)]])
-def test_one_view_has_no_positive(views):
-    with pytest.raises(ValueError, match="two views"):
-        AUCCLLoss()(*views)
-
-
-def test_presets_refuse_what_they_are_not():
-    with pytest.raises(ValueError, match="unknown preset"):
-        AUCCLLoss.preset("simclr")
-    with pytest.raises(ValueError, match="alpha"):
-        AUCCLLoss.preset("released-cifar", learn=("alpha",))
-    with pytest.raises(ValueError, match="no teacher/student form"):
-        AUCCLLoss.preset("released-cifar").teacher_student(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))
-    with pytest.raises(ValueError, match="no symmetric form"):
-        AUCCLLoss.preset("released-imagenet")(torch.zeros(3, 4), torch.zeros(3, 4))
+@pytest.mark.parametrize("wrong, message", [
+    (lambda: AUCCLLoss.preset("simclr"), "unknown preset"),
+    (lambda: AUCCLLoss.preset("released-cifar", learn=("alpha",)), "alpha"),
+    (lambda: AUCCLLoss.preset("released-cifar").teacher_student(*torch.zeros(2, 2, 3, 4)), "no teacher"),
+    (lambda: AUCCLLoss.preset("released-imagenet")(*torch.zeros(2, 3, 4)), "no symmetric form")])
+def test_presets_refuse_what_they_are_not(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong()
 
 
 @pytest.mark.parametrize("preset, form", PRESET_FORMS)

@@ -5,9 +5,9 @@ import pickle
 import auccl_loss
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from auccl_loss import AUCCLLoss, log_mean_exp, unit_rows
+from conftest import run_ranks
+from distributed import rank
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -48,30 +48,16 @@ def train(form, dim, preset, world, rows, steps):
     return first, torch.stack(weights)
 
 
-def worker(rank, world, folder, function, *args):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    torch.save(function(rank, world, *args), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def run_ranks(folder, world, function, *args):
-    mp.start_processes(worker, (world, str(folder), function, *args), nprocs=world, start_method="fork")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
-
-
-def train_rank(rank, world, form, dim, ends, preset):
-    return train(form, dim, preset, world, slice(([0, *ends])[rank], ends[rank]), steps=8)
-
-
 @pytest.mark.parametrize("form, views", [("symmetric", 2), ("teacher_student", 3)])
 @pytest.mark.parametrize("dim, ends, preset", [
     (8, [12, N], "paper"), (8, [5, 12, N], "paper"), (WIDE, [12, N], "paper"), (WIDE, [5, 12, N], "paper"),
     (8, [12, N], "hard")])
-def test_ranks_equal_one_process(tmp_path, monkeypatch, form, views, dim, ends, preset):
+def test_ranks_equal_one_process(monkeypatch, form, views, dim, ends, preset):
     """By Gram matrices and by gathered rows, with equal and unequal numbers of images. The exponentials of
     `hard` see each rank's own images: one process takes them by blocks of as many."""
-    ranks = run_ranks(tmp_path, len(ends), train_rank, form, dim, ends, preset)
+    def train_rank():
+        return train(form, dim, preset, len(ends), slice([0, *ends][rank()], ends[rank()]), steps=8)
+    ranks = run_ranks(train_rank, len(ends))
     monkeypatch.setattr(auccl_loss, "BLOCK", views * N // 2)
     alone, _ = train(form, dim, preset, 1, slice(0, N), steps=1)
     for first, weights in ranks:
@@ -87,8 +73,8 @@ def copies(criterion):
     return criterion, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion)), assigned
 
 
-def local_rank(rank, world):
-    views = [view[slice(0, 10) if rank == 0 else slice(10, N)] for view in inputs(0)]
+def local_rank():
+    views = [view[:10] if rank() == 0 else view[10:] for view in inputs(0)]
     losses, grads = [], []
     for criterion in (*copies(AUCCLLoss(gather=False)), AUCCLLoss.preset("released-cifar")):
         losses.append(criterion(*views))
@@ -98,14 +84,14 @@ def local_rank(rank, world):
     released.teacher_student(torch.stack(views), torch.stack(views))
     hard(*views)
     with pytest.raises(RuntimeError, match="differ between ranks"):
-        AUCCLLoss(a=float(rank))(*views)
+        AUCCLLoss(a=float(rank()))(*views)
     with pytest.raises(ValueError, match="two images"):
         AUCCLLoss.preset("hard")(views[0][:1], views[1][:1])
     return torch.stack(losses).detach(), torch.stack(grads), released.center, hard.u
 
 
-def test_local_negatives_with_averaged_gradients_also_of_copies_and_equal_starts(tmp_path):
-    ranks = run_ranks(tmp_path, 2, local_rank)
+def test_local_negatives_with_averaged_gradients_also_of_copies_and_equal_starts():
+    ranks = run_ranks(local_rank, 2)
     grads, means, log_means = [], [], []
     for (losses, *_), rows in zip(ranks, (slice(0, 10), slice(10, N))):
         views = [view[rows] for view in inputs(0)]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import utils
+from conftest import assert_same, refusal
 from eval_linear import Candidate, HeadGrid, fit_logistic, measure
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -30,9 +31,8 @@ def clusters(count, dim, classes, seed, spread=3.0):
     return 0.3 * (features * torch.logspace(0, -1, dim) + 2), labels
 
 
-def as_rank(rank, world, monkeypatch):
-    monkeypatch.setattr(distributed, "world_size", lambda: world)
-    monkeypatch.setattr(distributed, "rank", lambda: rank)
+def head_of(columns, classes, seed=0):
+    return HeadGrid([columns], classes, seed).heads[0]
 
 
 # ----------------------------------------------------------------------------------------- heads and solvers
@@ -50,7 +50,7 @@ def test_a_grid_equals_every_head_alone():
         sums = eval_linear.sgd_epoch(grid, optimizer, batches)
         scheduler.step()
     for index, (column, candidate) in enumerate(zip(columns, candidates)):
-        head, = HeadGrid([column], classes, seed=3).heads
+        head = head_of(column, classes, seed=3)
         plain = torch.optim.SGD(head.parameters(), lr=1, momentum=0.9)
         for epoch in range(epochs):
             cosine, total = 0.5 * (1 + math.cos(math.pi * epoch / epochs)), 0
@@ -61,8 +61,8 @@ def test_a_grid_equals_every_head_alone():
                 loss.backward()
                 plain.step()
                 total += size * loss.item()
-        torch.testing.assert_close(grid.heads[index].weight, head.weight, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(grid.heads[index].bias, head.bias, rtol=1e-4, atol=1e-5)
+        together, alone = ([*one.parameters()] for one in (grid.heads[index], head))
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
         assert sums[index].item() == pytest.approx(total, rel=1e-4)
 
 
@@ -86,30 +86,21 @@ def test_scores_are_those_of_their_formulas(classes, monkeypatch):
         assert found == pytest.approx(expected, rel=1e-5)
 
 
-def standardised(x):
-    return ((x - x.mean(0)) / x.var(0, correction=0).mean().sqrt()).double()
-
-
 def objective(weight, logits, labels, l2):
-    return (F.cross_entropy(logits.double(), labels) + l2 / 2 * weight.double().square().sum()).item()
-
-
-def scikit_learns(x, y, l2):
-    """scikit-learn's minimum: weights for standardised features, and logits."""
-    model = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-8, max_iter=5000).fit(standardised(x), y)
-    return torch.from_numpy(model.coef_), torch.from_numpy(model.decision_function(standardised(x)))
+    return F.cross_entropy(logits, labels) + l2 / 2 * weight.square().sum()
 
 
 @pytest.mark.parametrize("scale, l2", [(0.01, 1.0), (30.0, 1e-2), (1.0, 1e-4)])
 def test_logistic_regression_is_scikit_learns(scale, l2):
     x, y = clusters(120, 10, 3, 1)
-    head, = HeadGrid([slice(0, 10)], 3).heads
-    fit_logistic(head, x * scale, y, l2)
-    logits = head(x * scale).double().detach()
-    expected_weight, expected = scikit_learns(x, y, l2)
-    deviation = scale * x.var(0, correction=0).mean().sqrt()
-    least = objective(expected_weight, expected, y, l2)
-    assert objective(head.weight * deviation, logits, y, l2) == pytest.approx(least, rel=1e-4)
+    head, deviation = head_of(slice(0, 10), 3), x.var(0, correction=0).mean().sqrt()
+    fit_logistic(head.float(), x * scale, y, l2)
+    logits = head.double()(x.double() * scale).detach()
+    x = ((x - x.mean(0)) / deviation).double()
+    model = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-8, max_iter=5000).fit(x, y)
+    weight, expected = map(torch.from_numpy, (model.coef_, model.decision_function(x)))
+    least = objective(weight, expected, y, l2).item()
+    assert objective(head.weight * deviation * scale, logits, y, l2).item() == pytest.approx(least, rel=1e-4)
     centred, expected = (values - values.mean(1, keepdim=True) for values in (logits, expected))
     assert (centred - expected).abs().max() < 0.02 * expected.abs().max()
 
@@ -122,15 +113,10 @@ LABELS = torch.tensor(np.random.default_rng(0).permutation([0] * 200 + [1] * 50 
 @pytest.mark.parametrize("shots, fraction, counts", [
     (None, None, [200, 50, 3]), (3, None, [3, 3, 3]), (None, 0.1, [20, 5, 1]), (None, 0.01, [2, 1, 1])])
 def test_subsets_are_balanced_and_seeded(shots, fraction, counts):
-    rows = eval_linear.choose_subset(LABELS, shots, fraction, seed=0)
+    rows, again, other = (eval_linear.choose_subset(LABELS, shots, fraction, seed) for seed in (0, 0, 1))
     assert LABELS[rows].bincount().tolist() == counts and len(rows.unique()) == len(rows)
-    assert torch.equal(rows, eval_linear.choose_subset(LABELS, shots, fraction, seed=0))
-    if len(rows) < len(LABELS):
-        assert not torch.equal(rows, eval_linear.choose_subset(LABELS, shots, fraction, seed=1))
-
-
-def test_a_tenth_of_every_class_is_held_out():
-    fit, held = eval_linear.hold_out(LABELS, seed=0)
+    assert torch.equal(rows, again) and (len(rows) == len(LABELS) or not torch.equal(rows, other))
+    fit, held = eval_linear.hold_out(LABELS, seed=0)  # a tenth of every class
     assert LABELS[held].bincount().tolist() == [20, 5, 1]
     assert torch.cat([fit, held]).sort().values.tolist() == list(range(253))
 
@@ -140,8 +126,9 @@ def test_a_tenth_of_every_class_is_held_out():
 def test_batches_hold_every_image_once_over_ranks(count, size, world, steps, monkeypatch):
     """And leave no rank without an image."""
     seen = []
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
     for rank in range(world):
-        as_rank(rank, world, monkeypatch)
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
         batches = eval_linear.epoch_batches(count, size, seed=5, epoch=3)
         shares = [distributed.share(batch).tolist() for batch in batches]
         assert len(shares) == steps and all(shares)
@@ -153,13 +140,12 @@ def test_batches_hold_every_image_once_over_ranks(count, size, world, steps, mon
 
 def test_labels_and_classes_must_agree():
     train, test = Rows(*clusters(10, 4, 5, 0)), Rows(*clusters(12, 4, 6, 0))
-    with pytest.raises(utils.UserError, match="labels from 0 to 5 contradict the 5 classes"):
-        eval_linear.count_labels(None, train, test)
+    message = refusal(eval_linear.count_labels, None, train, test)
+    assert "labels from 0 to 5 contradict the 5 classes" in message
     train.classes = None
     assert eval_linear.count_labels(None, train, test) == 6 and eval_linear.count_labels(9, train, test) == 9
     test.targets[0] = -1  # how some publish a secret label
-    with pytest.raises(utils.UserError, match="labels from -1"):
-        eval_linear.count_labels(None, train, test)
+    assert "labels from -1" in refusal(eval_linear.count_labels, None, train, test)
 
 
 # ------------------------------------------------------------------------ the script, on features for images
@@ -189,57 +175,60 @@ def sets(monkeypatch, one_thread):
     return train, test
 
 
-def common(output):
-    return ["--random_weights", "--arch", "vit_tiny", "--image_size", "32", "--data_path", "no", "--device",
-            "cpu", "--batch_size_per_gpu", "64", "--num_workers", "0", "--output_dir", str(output)]
-
-
-def flags(output, *more):
-    training = () if "lbfgs" in more else ("--cache_features", "--epochs", "4")
-    return [*common(output), "--n_last_blocks", "1", *training, *more]
-
-
-def script(arguments):
-    """eval_linear.py in this process; its UserError's message or None."""
-    try:
-        eval_linear.main([str(argument) for argument in arguments])
-    except utils.UserError as error:
-        assert "\n" not in str(error)
-        return str(error)
-
-
 GRID = ("--lr", "0.003", "0.03", "0.3", "--n_last_blocks", "1", "2")
+LBFGS = ("--solver", "lbfgs")
+
+
+def flags(output, *more, images=None):
+    """Those of a ViT on the features of `sets`, or of a ResNet on images."""
+    base = "--random_weights --image_size 32 --device cpu --num_workers 0 --output_dir".split() + [output]
+    base += (["--arch", "resnet18", "--data_path", images, "--batch_size_per_gpu", "8"] if images else
+             ["--arch", "vit_tiny", "--data_path", "no", "--batch_size_per_gpu", "64"])
+    if not {"lbfgs", "--evaluate"} & set(more):
+        base += ["--epochs", "2"] if images else ["--cache_features", "--epochs", "4"]
+    if not images and "--evaluate" not in more:
+        base += ["--n_last_blocks", "1"]
+    return [str(word) for word in (*base, *more)]
+
+
+def run(output, *more, images=None):
+    """What the script leaves: `outcome`, or the record of --evaluate."""
+    eval_linear.main(flags(output, *more, images=images))
+    if "--evaluate" in more:
+        return json.loads((output / "linear.txt").read_text().splitlines()[-1])
+    return outcome(output)
 
 
 def outcome(output):
-    """All that a run leaves, without its times and folder."""
+    """Checkpoint without flags, records without times, heads."""
     state = torch.load(output / "checkpoint.pth.tar", weights_only=True)
     records = [{**record, "seconds": 0} for record in utils.read_records(output / "log.txt")]
     return {**state, "args": 0}, records, json.loads((output / "heads.json").read_text())
 
 
-def equal(x, y):
-    """Bitwise equality of nested containers of tensors and plain values."""
-    if isinstance(x, dict):
-        return x.keys() == y.keys() and all(equal(x[key], y[key]) for key in x)
-    if isinstance(x, (list, tuple)):
-        return len(x) == len(y) and all(map(equal, x, y))
-    return torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+def refused(output, *more, images=None):
+    return refusal(eval_linear.main, flags(output, *more, images=images))
+
+
+def run_on_two_ranks(folder, *more, images=None):
+    """The same global batches."""
+    more = *more, "--batch_size_per_gpu", 4 if images else 32
+    for ended in interrupt.run_ranks(flags(folder / "two", *more, images=images), folder, eval_linear):
+        assert ended.returncode == 0, ended.stderr
+    return outcome(folder / "two")
 
 
 def test_a_run_leaves_what_it_promises(sets, tmp_path, capsys):
-    output = tmp_path / "new" / "run"
-    assert script(flags(output, *GRID)) is None
+    state, records, heads = run(tmp_path / "new" / "run", *GRID)
     assert "270 images to train on, 30 to choose on, 101 to test on" in capsys.readouterr().out
-    state, records, heads = outcome(output)
     assert [record["epoch"] for record in records] == [0, 1, 2, 3] and state["epoch"] == 4
     for record in records:
         assert record.keys() >= {"train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5"}
         assert record["test_acc5"] == 100
     assert state.keys() >= {"epoch", "state_dict", "optimizer", "scheduler", "best_acc"}
     assert state["best_acc"] == max(record["test_acc1"] for record in records)
-    assert [(head["n_last_blocks"], head["lr"]) for head in heads] == [
-        (n, lr) for n in (1, 2) for lr in (0.003, 0.03, 0.3)]
+    grid = [(head["n_last_blocks"], head["lr"]) for head in heads]
+    assert grid == [(n, lr) for n in (1, 2) for lr in (0.003, 0.03, 0.3)]
     chosen, = (head for head in heads if head["chosen"])
     assert chosen["held_out_acc1"] == max(head["held_out_acc1"] for head in heads)
     assert records[-1]["test_acc1"] == chosen["test_acc1"]
@@ -247,67 +236,53 @@ def test_a_run_leaves_what_it_promises(sets, tmp_path, capsys):
     assert records[-1]["train_lr"] == pytest.approx(rate)
     assert state["candidate"]["lr"] == chosen["lr"] == records[-1]["lr"]
     assert state["state_dict"]["linear.weight"].shape == (5, WIDTH * chosen["n_last_blocks"])
-    assert script(flags(tmp_path / "one", "--lr", "0.1")) is None
+    run(tmp_path / "one", "--lr", "0.1")
     assert "300 images to train on, 0 to choose on" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [GRID, ("--solver", "lbfgs")])
+@pytest.mark.parametrize("arguments", [GRID, LBFGS])
 def test_the_choice_never_sees_test_labels(sets, tmp_path, arguments):
     _, test = sets
-    assert script(flags(tmp_path / "true", *arguments)) is None
+    state, _, heads = run(tmp_path / "true", *arguments)
     test.labels = test.labels[torch.randperm(101, generator=torch.Generator().manual_seed(0))]
-    assert script(flags(tmp_path / "permuted", *arguments)) is None
-    state, _, heads = outcome(tmp_path / "true")
-    other, _, other_heads = outcome(tmp_path / "permuted")
-    assert equal(state["heads"], other["heads"]) and state["chosen"] == other["chosen"]
+    other, _, other_heads = run(tmp_path / "permuted", *arguments)
+    assert_same(state["heads"], other["heads"])
+    assert state["chosen"] == other["chosen"]
     assert [head["held_out_loss"] for head in heads] == [head["held_out_loss"] for head in other_heads]
     assert [head["test_acc1"] for head in heads] != [head["test_acc1"] for head in other_heads]
 
 
 def test_the_chosen_logistic_regression_is_fitted_to_all_images(sets, tmp_path):
-    assert script(flags(tmp_path, "--solver", "lbfgs")) is None
-    state, _, heads = outcome(tmp_path)
+    state, _, heads = run(tmp_path, *LBFGS)
     assert len(heads) == len(eval_linear.L2_GRID) and sum(head["chosen"] for head in heads) == 1
-    train, l2 = sets[0], state["candidate"]["l2"]
-    x = train.features[:, WIDTH:]
-    weight, logits = scikit_learns(x, train.labels, l2)
-    fitted = state["state_dict"]["linear.weight"]
-    value = objective(fitted * x.var(0, correction=0).mean().sqrt(),
-                      x @ fitted.T + state["state_dict"]["linear.bias"], train.labels, l2)
-    assert value == pytest.approx(objective(weight, logits, train.labels, l2), rel=1e-3)
+    head, x = head_of(slice(0, WIDTH), 5), sets[0].features[:, WIDTH:]
+    fit_logistic(head, x, sets[0].labels, state["candidate"]["l2"])
+    logits = x @ state["state_dict"]["linear.weight"].T + state["state_dict"]["linear.bias"]
+    assert (logits - head(x)).norm() < 0.01 * logits.norm()
 
 
 def test_kill_and_resume_is_bitwise_the_same(sets, tmp_path, monkeypatch):
     """Killed within an epoch, after heads.json, before and after the checkpoint was replaced."""
     monkeypatch.setitem(interrupt.POINTS, "sgd", (torch.optim.SGD, "step"))
-    assert script(flags(tmp_path / "whole", *GRID)) is None
     command = flags(tmp_path / "killed", *GRID)
     for point, count in ("fsync", 2), ("fsync", 2), ("sgd", 7), ("replace", 1), ("replace", 2), ("sgd", 6):
         ended = interrupt.run(command, tmp_path, point, count, script=eval_linear)
         assert ended.returncode == -9, ended.stderr
-    assert script(command) is None
-    assert equal(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"))
+    assert_same(run(tmp_path / "killed", *GRID), run(tmp_path / "whole", *GRID))
     checkpoint = tmp_path / "killed" / "checkpoint.pth.tar"
     before = checkpoint.read_bytes()
-    assert script(command) is None
+    eval_linear.main(command)
     assert checkpoint.read_bytes() == before  # a finished run stays as it is
 
 
-def on_two_ranks(arguments, folder):
-    for ended in interrupt.run_ranks([str(argument) for argument in arguments], folder, eval_linear):
-        assert ended.returncode == 0, ended.stderr
-
-
-@pytest.mark.parametrize("arguments, tolerance", [(GRID, 1e-4), (("--solver", "lbfgs"), 0.03)])
+@pytest.mark.parametrize("arguments, tolerance", [(GRID, 1e-4), (LBFGS, 0.03)])
 def test_two_ranks_equal_one(sets, tmp_path, monkeypatch, arguments, tolerance):
-    """The same global batches, 270 rows in 5 of them, and 101 test images in shares that differ."""
+    """270 rows in 5 batches, and 101 test images in shares that differ."""
     monkeypatch.setattr(eval_linear, "L2_GRID", (1.0, 0.1))  # flatter minima amplify rounding
     for rows, count, seed in zip(sets, (300, 101), (1, 2)):
         rows.__init__(*clusters(count, 2 * WIDTH, 5, seed, 2.0))  # easy, so that no count hangs on rounding
-    assert script(flags(tmp_path / "one", *arguments)) is None
-    on_two_ranks(flags(tmp_path / "two", *arguments, "--batch_size_per_gpu", "32"), tmp_path)
-    one, records, heads = outcome(tmp_path / "one")
-    two, other_records, other_heads = outcome(tmp_path / "two")
+    one, records, heads = run(tmp_path / "one", *arguments)
+    two, other_records, other_heads = run_on_two_ranks(tmp_path, *arguments)
     assert one["chosen"] == two["chosen"]
     for index in range(len(heads)):
         logits = [sets[1].features[:, -weight.shape[1]:] @ weight.T + bias for weight, bias in (
@@ -318,17 +293,15 @@ def test_two_ranks_equal_one(sets, tmp_path, monkeypatch, arguments, tolerance):
 
 
 def test_evaluate_gives_the_accuracy_of_the_run(sets, tmp_path):
-    assert script(flags(tmp_path, *GRID)) is None
-    state, records, _ = outcome(tmp_path)
-    assert script([*common(tmp_path), "--evaluate"]) is None
-    record = json.loads((tmp_path / "linear.txt").read_text())
-    names = ("test_acc1", "test_acc5", "lr", "n_last_blocks")
-    assert [record[name] for name in names] == [records[-1][name] for name in names]
-    assert record["test_loss"] == pytest.approx(records[-1]["test_loss"], rel=1e-5)
+    state, (*_, last), _ = run(tmp_path, *GRID)
+    record = run(tmp_path, "--evaluate")
+    for name in ("test_acc1", "test_acc5", "lr", "n_last_blocks"):
+        assert record[name] == last[name]
+    assert record["test_loss"] == pytest.approx(last["test_loss"], rel=1e-5)
     assert (record["weights"], record["arch"]) == ("random", "vit_tiny")
-    assert "another backbone" in script([*common(tmp_path), "--evaluate", "--seed", "1"])
+    assert "another backbone" in refused(tmp_path, "--evaluate", "--seed", "1")
     utils.save_checkpoint({**state, "state_dict": {}}, tmp_path / "checkpoint.pth.tar")
-    assert "does not fit" in script([*common(tmp_path), "--evaluate"])
+    assert "does not fit" in refused(tmp_path, "--evaluate")
 
 
 def test_the_mean_over_classes_decides_where_papers_use_it():
@@ -338,44 +311,30 @@ def test_the_mean_over_classes_decides_where_papers_use_it():
 
 def test_a_diverged_head_is_not_chosen_and_alone_is_an_error(sets, tmp_path):
     sets[0].features *= 1e16
-    assert script(flags(tmp_path / "grid", "--lr", "1e9", "1e-6")) is None
-    assert [head["chosen"] for head in outcome(tmp_path / "grid")[2]] == [False, True]
-    assert "diverged" in script(flags(tmp_path / "alone", "--lr", "1e9"))
+    assert [head["chosen"] for head in run(tmp_path / "grid", "--lr", "1e9", "1e-6")[2]] == [False, True]
+    assert "diverged" in refused(tmp_path / "alone", "--lr", "1e9")
 
 
-def test_other_runs_are_not_mixed(sets, tmp_path):
-    run = tmp_path / "run"
-    assert script(flags(run)) is None
-    assert "--lr 0.001 there, 0.1 here" in script(flags(run, "--lr", "0.1"))
+def test_other_runs_are_not_mixed(sets, tmp_path, monkeypatch):
+    run(tmp_path)
+    assert "--lr 0.001 there, 0.1 here" in refused(tmp_path, "--lr", "0.1")
     del sets[1].targets[0]
     sets[1].labels = sets[1].labels[1:]
-    assert "other images" in script(flags(run))
-    (run / "checkpoint.pth.tar").write_bytes((run / "checkpoint.pth.tar").read_bytes()[:1000])
-    assert "damaged" in script(flags(run))
-    (run / "checkpoint.pth.tar").unlink()
-    assert "choose another --output_dir" in script(flags(run))
-
-
-def test_more_processes_than_images(sets, tmp_path, monkeypatch):
-    as_rank(0, 301, monkeypatch)
-    assert "300 training images cannot be spread over 301 processes" in script(flags(tmp_path))
+    assert "other images" in refused(tmp_path)
+    (tmp_path / "checkpoint.pth.tar").unlink()
+    assert "choose another --output_dir" in refused(tmp_path)
+    for name, value in ("world_size", 301), ("rank", 0):
+        monkeypatch.setattr(distributed, name, lambda value=value: value)
+    assert "300 training images cannot be spread over 301 processes" in refused(tmp_path)
 
 
 # ------------------------------------------------------------------------------------- the script, on images
 
-def on_images(images, output, *more):
-    epochs = () if {"lbfgs", "--evaluate"} & set(more) else ("--epochs", "2")
-    return ["--random_weights", "--arch", "resnet18", "--image_size", "32", "--data_path", images, "--device",
-            "cpu", "--batch_size_per_gpu", "8", "--num_workers", "0", "--output_dir", output, *epochs, *more]
-
-
 def test_augmentation_depends_on_seed_epoch_and_image_alone(images, tmp_path, one_thread):
     """Not on the worker or rank that makes a view."""
-    assert script(on_images(images, tmp_path / "one")) is None
-    assert script(on_images(images, tmp_path / "workers", "--num_workers", "2")) is None
-    assert equal(outcome(tmp_path / "one"), outcome(tmp_path / "workers"))
-    on_two_ranks(on_images(images, tmp_path / "two", "--batch_size_per_gpu", "4"), tmp_path)
-    for record, other in zip(outcome(tmp_path / "one")[1], outcome(tmp_path / "two")[1], strict=True):
+    one = run(tmp_path / "one", images=images)
+    assert_same(run(tmp_path / "workers", "--num_workers", "2", images=images), one)
+    for record, other in zip(one[1], run_on_two_ranks(tmp_path, images=images)[1], strict=True):
         assert record == pytest.approx(other, rel=1e-3)
     dataset = data.build_dataset("folder", images, "train")
     description = argparse.Namespace(image_size=16, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -392,19 +351,16 @@ def test_augmentation_is_dinos():
                                 transforms.ToTensor(), transforms.Normalize(mean, std)])
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8))
     for seed in range(5):
-        torch.manual_seed(seed)
-        view = views.transform(image)
-        torch.manual_seed(seed)
-        assert torch.equal(view, dinos(image))
+        made = [torch.manual_seed(seed) and transform(image) for transform in (views.transform, dinos)]
+        assert torch.equal(*made)
 
 
-@pytest.mark.parametrize("more", [("--cache_features", "--epochs", "10", "--lr", "1"), ("--solver", "lbfgs")])
+@pytest.mark.parametrize("more", [("--cache_features", "--epochs", "10", "--lr", "1"), LBFGS])
 def test_probes_of_real_features_tell_bright_from_dark(images, tmp_path, one_thread, more):
-    assert script(on_images(images, tmp_path, *more)) is None
-    _, records, _ = outcome(tmp_path)
-    assert records[-1]["test_acc1"] >= 80 and "n_last_blocks" not in records[-1]
-    assert script(on_images(images, tmp_path, "--evaluate")) is None
-    assert json.loads((tmp_path / "linear.txt").read_text())["test_acc1"] == records[-1]["test_acc1"]
+    last = run(tmp_path, *more, images=images)[1][-1]
+    assert last["test_acc1"] >= 80 and "n_last_blocks" not in last
+    evaluated = run(tmp_path, "--evaluate", images=images)
+    assert evaluated["test_acc1"] == last["test_acc1"]
 
 
 def test_it_runs_in_the_folder_of_main_py(images, tmp_path, monkeypatch, capsys, one_thread):
@@ -416,22 +372,21 @@ def test_it_runs_in_the_folder_of_main_py(images, tmp_path, monkeypatch, capsys,
     others = [tmp_path / name for name in ("log.txt", "run.lock", "heads.json")]
     for file in others:
         file.write_text("main.py's")
-    command = ["--data_path", images, "--local-rank=0", "--device", "cpu", "--epochs", "1"]
-    assert script(command) is None
+    command = ["--data_path", str(images), "--local-rank=0", "--device", "cpu", "--epochs", "1"]
+    eval_linear.main(command)
     assert "checkpoint.pth" in capsys.readouterr().out
     assert outcome(tmp_path / "linear")[0]["epoch"] == 1
     assert all(file.read_text() == "main.py's" for file in others)
     (tmp_path / "checkpoint.pth").rename(tmp_path / "moved.pth")
-    assert "--pretrained_weights is missing" in script(command)
-    assert script([*command, "--pretrained_weights", "moved.pth"]) is None  # the run knows its weights again
+    assert "--pretrained_weights is missing" in refusal(eval_linear.main, command)
+    eval_linear.main([*command, "--pretrained_weights", "moved.pth"])  # the run knows its weights again
 
 
 def test_vit_features_are_dinos():
     """Class tokens of the last n blocks, the last at the end, and the mean patch token behind them."""
-    backbone = VisionTransformer(24, 3, image_size=32).eval()
+    backbone, x = VisionTransformer(24, 3, image_size=32).eval(), torch.randn(2, 3, 32, 32)
     candidates = [Candidate(n, pool) for n in (1, 3) for pool in (False, True)]
     features = eval_linear.FrozenFeatures(backbone, candidates)
-    x = torch.randn(2, 3, 32, 32)
     ours, tokens = features(x), []
     for block in backbone.blocks[-3:]:
         block.register_forward_hook(lambda module, inputs, output: tokens.append(backbone.norm(output)))
@@ -443,16 +398,11 @@ def test_vit_features_are_dinos():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--n_last_blocks", "1"], "--n_last_blocks cannot be used with a backbone that is no vit_*"),
-    (["--arch", "vit_tiny", "--n_last_blocks", "13"], "has 12 blocks"),
-    (["--num_labels", "4"], "--num_labels 4"),
-    (["--shots", "17"], "6 training images of class"),
-    (["--shots", "1", "--lr", "0.1", "0.2"], "one image per class"),
-    (["--shots", "2", "--fraction", "0.1"], "--shots and --fraction"),
-    (["--fraction", "1.5"], "--fraction"),
-    (["--solver", "lbfgs", "--lr", "5"], "--lr cannot be used with --solver lbfgs"),
-    (["--evaluate", "--shots", "2"], "--shots cannot be used"),
-    (["--evaluate"], "no checkpoint at"),
-])
+    ("--n_last_blocks 1", "--n_last_blocks cannot be used with a backbone that is no vit_*"),
+    ("--arch vit_tiny --n_last_blocks 13", "has 12 blocks"), ("--num_labels 4", "--num_labels 4"),
+    ("--shots 17", "6 training images of class"), ("--shots 1 --lr 0.1 0.2", "one image per class"),
+    ("--shots 2 --fraction 0.1", "--shots and --fraction"), ("--fraction 1.5", "--fraction"),
+    ("--solver lbfgs --lr 5", "--lr cannot be used with --solver lbfgs"),
+    ("--evaluate --shots 2", "--shots cannot be used"), ("--evaluate", "no checkpoint at")])
 def test_a_mistake_is_one_clear_line(images, tmp_path, arguments, words):
-    assert words in script(on_images(images, tmp_path, *arguments))
+    assert words in refused(tmp_path, *arguments.split(), images=images)

@@ -1,17 +1,20 @@
 """Files of weights of every origin, what they tell of their backbone, and the features of a data set."""
 import argparse
 import os
+import re
 
 import pytest
 import timm
 import torch
 import torchvision
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from conftest import run_ranks
+from conftest import Malicious, refusal, run_ranks
 from pretrained import Description, export_backbone, extract_features, load_backbone
 from safetensors.torch import save_file
-from utils import UserError, load_checkpoint
+from utils import load_checkpoint
 from vision_transformer import build_backbone
+
+CPU = torch.device("cpu")
 
 
 def features(backbone, size):
@@ -37,19 +40,16 @@ def dino_checkpoint(vit, path, **extra):
 
 
 def test_dino_format(vit, tmp_path, capsys):
-    path = dino_checkpoint(vit, tmp_path / "dino.pth")
-    for key, loaded in ((None, "teacher"), ("student", "student")):
-        backbone, description = load_backbone(path, key)
-        assert description == ("vit_tiny", 8, 48, IMAGENET_MEAN, IMAGENET_STD, loaded)
+    whole, alone = dino_checkpoint(vit, tmp_path / "dino.pth"), tmp_path / "backbone.pth"
+    torch.save(vit.state_dict(), alone)                                # DINO's releases of the backbone alone
+    for path, options, key in ((whole, {}, "teacher"), (whole, {"checkpoint_key": "student"}, "student"),
+                               (alone, {"arch": "deit_tiny", "patch_size": 8}, None)):
+        backbone, description = load_backbone(path, **options)
+        assert description == ("vit_tiny", 8, 48, IMAGENET_MEAN, IMAGENET_STD, key)
         assert torch.equal(features(backbone, 48), features(vit, 48))
         assert not backbone.training and not any(p.requires_grad for p in backbone.parameters())
-    torch.save(vit.state_dict(), tmp_path / "backbone.pth")            # DINO's releases of the backbone alone
-    backbone, description = load_backbone(tmp_path / "backbone.pth", arch="deit_tiny", patch_size=8)
-    assert description == ("vit_tiny", 8, 48, IMAGENET_MEAN, IMAGENET_STD, None)
-    assert torch.equal(features(backbone, 48), features(vit, 48))
     assert capsys.readouterr().out == ""                               # the projection head is no classifier
-    with pytest.raises(UserError):                                     # the Namespace is allowed here alone
-        load_checkpoint(path)
+    assert "not loaded" in refusal(load_checkpoint, whole)             # the Namespace is allowed here alone
 
 
 @pytest.mark.parametrize("arch, classifier, size, suffix", [
@@ -75,8 +75,7 @@ def test_timm_models_keep_their_normalisation_and_the_size_they_were_trained_on(
     assert load_backbone(path, arch=arch)[1][2:5] == (224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     backbone, description = load_backbone(path, arch=arch, image_size=96)
     assert description.image_size == 96 and features(backbone, 96).shape == (2, 192)
-    with pytest.raises(UserError, match="takes images of 224 pixels, not 100"):
-        load_backbone(path, arch=arch, image_size=100)
+    assert "takes images of 224 pixels, not 100" in refusal(load_backbone, path, arch=arch, image_size=100)
     backbone, _ = load_backbone(None, arch="timm/vit_tiny_patch16_384", random_weights=True)
     assert backbone.pos_embed.shape[1] == 1 + 24 * 24
 
@@ -84,30 +83,20 @@ def test_timm_models_keep_their_normalisation_and_the_size_they_were_trained_on(
 @pytest.mark.parametrize("arch, patch_size", [("vit_tiny", 8), ("cifar/tiny", None)])
 def test_an_exported_backbone_tells_how_to_feed_it(arch, patch_size, tmp_path):
     description = Description(arch, patch_size, 48, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
-    backbone = build_backbone(arch, 8, 48)
-    export_backbone(backbone, description, tmp_path / "backbone.safetensors")
-    loaded, read = load_backbone(tmp_path / "backbone.safetensors")
+    backbone, path = build_backbone(arch, 8, 48), tmp_path / "backbone.safetensors"
+    export_backbone(backbone, description, path)
+    loaded, read = load_backbone(path)
     assert read == description and torch.equal(features(loaded, 48), features(backbone.eval(), 48))
-    with pytest.raises(UserError, match="--arch resnet18 contradicts"):
-        load_backbone(tmp_path / "backbone.safetensors", arch="resnet18")
-
-
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+    assert "--arch resnet18 contradicts" in refusal(load_backbone, path, arch="resnet18")
 
 
 @pytest.mark.parametrize("where", ["top", "inside the Namespace"])
 def test_a_malicious_file_is_refused_and_not_run(where, vit, tmp_path):
     trap = Malicious(tmp_path / "hacked")
     extra = {"epoch": trap} if where == "top" else {"args": argparse.Namespace(arch=trap)}
-    path = dino_checkpoint(vit, tmp_path / "bad.pth", **extra)
-    with pytest.raises(UserError, match="weights_only") as error:
-        load_backbone(path)
-    assert str(path) in str(error.value) and not (tmp_path / "hacked").exists()
+    message = refusal(load_backbone, dino_checkpoint(vit, tmp_path / "bad.pth", **extra))
+    assert "bad.pth holds more than" in message and "weights_only" in message
+    assert not (tmp_path / "hacked").exists()
 
 
 @pytest.fixture(scope="module")
@@ -139,33 +128,26 @@ def test_the_only_network_of_a_checkpoint_needs_no_name(files, capsys):
 
 
 @pytest.mark.parametrize("name, arguments, words", [
-    ("away.pth", {}, ["no checkpoint at", "away.pth"]),
-    ("junk.pth", {}, ["junk.pth", "restore a copy"]),
-    ("junk.safetensors", {}, ["junk.safetensors", "restore a copy"]),
-    ("a tensor.pth", {}, ["is no checkpoint"]),
-    ("none.pth", {}, ["no network's weights", "epoch", "optimizer"]),
-    ("cifar.pth", {"checkpoint_key": "teacher"}, ["no network 'teacher'", "choose --checkpoint_key student"]),
-    ("dino.pth", {"checkpoint_key": "model"}, ["--checkpoint_key student or --checkpoint_key teacher"]),
-    ("two.pth", {"arch": "vit_tiny"}, ["no network 'teacher'", "--checkpoint_key online or"]),
-    ("plain.pth", {"checkpoint_key": "student", "arch": "vit_tiny"}, ["leave --checkpoint_key out"]),
-    ("plain.pth", {}, ["--arch"]),
-    ("plain.pth", {"arch": "vit_tiny", "patch_size": 16}, ["--patch_size 16 contradicts", "8"]),
-    ("plain.pth", {"arch": "vit_small"}, ["of other shapes", "cls_token [1, 1, 192], not [1, 1, 384]"]),
-    ("plain.pth", {"arch": "resnet18"}, ["missing: conv1.weight", "unexpected: cls_token"]),
-    ("plain.pth", {"arch": "resnet19"}, ["unknown arch 'resnet19'"]),
-    ("plain.pth", {"arch": "resnet18", "patch_size": 16}, ["--patch_size has no meaning for resnet18"]),
-    ("lacking.pth", {"arch": "vit_tiny"}, ["1 missing: norm.weight", "1 unexpected: norm.wait"]),
-    ("dino.pth", {"arch": "vit_small"}, ["--arch vit_small contradicts", "vit_tiny"]),
-    ("dino.pth", {"image_size": 96}, ["--image_size 96 contradicts", "48"]),
-    ("cifar.pth", {"patch_size": 16}, ["--patch_size 16 contradicts"]),
-    ("cifar.pth", {"random_weights": True}, ["either --pretrained_weights or"]),
-    (None, {}, ["either --pretrained_weights or"]),
-    (None, {"random_weights": True}, ["--arch"]),
-])
+    ("away.pth", {}, "no checkpoint at .*away.pth"), ("a tensor.pth", {}, "is no checkpoint"),
+    ("junk.pth", {}, "junk.pth.*restore a copy"), ("junk.safetensors", {}, "junk.safe.*restore a copy"),
+    ("none.pth", {}, "no network's weights, only epoch, optimizer"),
+    ("cifar.pth", {"checkpoint_key": "teacher"}, "no network 'teacher'; choose --checkpoint_key student"),
+    ("dino.pth", {"checkpoint_key": "model"}, "--checkpoint_key student or --checkpoint_key teacher"),
+    ("two.pth", {"arch": "vit_tiny"}, "no network 'teacher'; choose --checkpoint_key online or"),
+    ("plain.pth", {"checkpoint_key": "student", "arch": "vit_tiny"}, "leave --checkpoint_key out"),
+    ("plain.pth", {}, "with --arch"), ("plain.pth", {"arch": "resnet19"}, "unknown arch 'resnet19'"),
+    ("plain.pth", {"arch": "vit_tiny", "patch_size": 16}, "--patch_size 16 contradicts .* is 8;"),
+    ("plain.pth", {"arch": "vit_small"}, r"of other shapes: cls_token \[1, 1, 192\], not \[1, 1, 384\]"),
+    ("plain.pth", {"arch": "resnet18"}, "missing: conv1.weight.*unexpected: cls_token"),
+    ("plain.pth", {"arch": "resnet18", "patch_size": 16}, "--patch_size has no meaning for resnet18"),
+    ("lacking.pth", {"arch": "vit_tiny"}, "1 missing: norm.weight; 1 unexpected: norm.wait"),
+    ("dino.pth", {"arch": "vit_small"}, "--arch vit_small contradicts .* is vit_tiny;"),
+    ("dino.pth", {"image_size": 96}, "--image_size 96 contradicts .* is 48;"),
+    ("cifar.pth", {"patch_size": 16}, "--patch_size 16 contradicts"),
+    ("cifar.pth", {"random_weights": True}, "either --pretrained_weights or"),
+    (None, {}, "either --pretrained_weights or"), (None, {"random_weights": True}, "with --arch")])
 def test_mistakes_about_weights_are_one_line(name, arguments, words, files):
-    with pytest.raises(UserError) as error:
-        load_backbone(name and files / name, **arguments)
-    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
+    assert re.search(words, refusal(load_backbone, name and files / name, **arguments))
 
 
 # ------------------------------------------------------------------------------------------------- features
@@ -192,9 +174,8 @@ def width_two(batch):
 @pytest.mark.parametrize("world, count", [(1, 7), (2, 7), (3, 2)])
 def test_features_are_in_order_on_every_rank(world, count):
     def extract():
-        whole = extract_features(width_two, Numbers(count), torch.device("cpu"), batch_size=2)
-        return whole, extract_features(width_two, Numbers(count), torch.device("cpu"), gather=False)
-
+        return (extract_features(width_two, Numbers(count), CPU, batch_size=2),
+                extract_features(width_two, Numbers(count), CPU, gather=False))
     numbers = torch.arange(count)
     for rank, ((rows, labels), (own, all_labels)) in enumerate(run_ranks(extract, world)):
         assert torch.equal(rows, torch.stack([numbers, -numbers], 1).float()) and torch.equal(labels, numbers)
@@ -202,10 +183,8 @@ def test_features_are_in_order_on_every_rank(world, count):
 
 
 def test_features_that_are_missing_or_not_finite():
-    with pytest.raises(UserError, match="no images"):
-        extract_features(width_two, Numbers(0), torch.device("cpu"))
-    with pytest.raises(UserError, match="features are not finite"):
-        extract_features(lambda batch: batch.flatten(1) / 0, Numbers(3), torch.device("cpu"))
+    assert "no images" in refusal(extract_features, width_two, Numbers(0), CPU)
+    assert "not finite" in refusal(extract_features, lambda batch: batch.flatten(1) / 0, Numbers(3), CPU)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts files as Linux lists them")
@@ -215,5 +194,5 @@ def test_no_file_of_a_worker_outlives_its_batch(monkeypatch):
     def watched(batch):
         opened.append(len(os.listdir("/proc/self/fd")))
         return width_two(batch)
-    labels = extract_features(watched, Numbers(200), torch.device("cpu"), batch_size=2, num_workers=2)[1]
+    labels = extract_features(watched, Numbers(200), CPU, batch_size=2, num_workers=2)[1]
     assert torch.equal(labels, torch.arange(200)) and max(opened[50:]) <= max(opened[:50]) + 10

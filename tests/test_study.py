@@ -1,8 +1,11 @@
 """The studies in benchmarks/: the driver, the bias estimate and the pictures."""
 import itertools
 import json
+import os
+import signal
 import sys
 
+import auccl_loss
 import pytest
 import torch
 from torch import nn
@@ -63,6 +66,16 @@ def test_a_study_gives_a_row_per_epoch_and_linear_accuracy_in_the_last(driver):
 def test_runs_side_by_side_give_the_rows_of_runs_in_turn(driver):
     rows = [driver(*flags, folder=flags[-1]) for flags in (["--processes", "1"], ["--processes", "2"])]
     assert len(rows[0]) == 6 and {str(row) for row in rows[0]} == {str(row) for row in rows[1]}
+
+
+def test_a_run_whose_process_dies_stops_no_other(driver, monkeypatch, capsys):
+    train = cifar.train
+    monkeypatch.setattr(cifar, "train", lambda args, *rest: os.kill(os.getpid(), signal.SIGKILL)
+                        if args.output_dir.name == "learned" else train(args, *rest))
+    with pytest.raises(UserError, match="1 of 2 runs failed: learned"):
+        driver("--processes", "2")
+    assert "learned: its process died" in capsys.readouterr().err
+    assert {row["run"] for row in read_table(driver.folder / "two.csv")} == {"closed"}
 
 
 def test_an_interrupted_study_resumes_inside_a_run(driver, monkeypatch):
@@ -223,12 +236,13 @@ def enumerated(population, loss):
 
 def test_all_batches_average_to_the_population_for_auccl_and_not_in_closed_form(population):
     assert enumerated(population, AUCCLLoss(**population.saddle(), learn=()).double())[0] < 1e-10
+    assert enumerated(population, population.hard().double())[0] < 1e-10
     assert enumerated(population, losses.ClosedForm().double())[0] > 0.01
 
 
-@pytest.mark.parametrize("name", ["AUC-CL", "AUC-CL, a b alpha from the batch"])
+@pytest.mark.parametrize("name", ["AUC-CL", "AUC-CL hard", "AUC-CL, a b alpha from the batch"])
 def test_the_estimate_agrees_with_enumeration(population, name):
-    loss = bias.LOSSES[name](population.saddle()).double()
+    loss = bias.LOSSES[name](population).double()
     row = bias.measure(population, loss, 2, cuts=24, draws=100, seed=1)
     for figure, expected in zip(("bias", "tangent", "deviation"), enumerated(population, loss)):
         low, high = row[f"{figure}_low"], row[f"{figure}_high"]
@@ -256,6 +270,7 @@ def test_the_jackknife_is_the_textbooks():
 
 
 def test_bias_writes_the_rows_that_its_table_lacks(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(auccl_loss, "BLOCK", auccl_loss.BLOCK)  # which main sets
     args = cifar.parse_args([*FLAGS, "--output_dir", str(tmp_path)])
     torch.save(cifar.Run(args, images).state_dict(), tmp_path / "c.pth")
     measured, measure = [], bias.measure
@@ -263,7 +278,7 @@ def test_bias_writes_the_rows_that_its_table_lacks(images, tmp_path, monkeypatch
 
     def rows(*sizes):
         bias.main([str(tmp_path / "c.pth"), "--images", "16", "--cuts", "1", "--draws", "2", "--losses",
-                   "AUC-CL", "--output", str(tmp_path / "bias.csv"), "--batch_sizes", *sizes])
+                   "AUC-CL", "--device", "cpu", "--output", str(tmp_path / "bias.csv"), "--batch_sizes", *sizes])
         return read_table(tmp_path / "bias.csv")
     assert [row["batch_size"] for row in rows("16")] == ["16"]
     whole, small = rows("4", "16")
