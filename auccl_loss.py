@@ -287,7 +287,9 @@ def _gather_rows(x: Tensor, gather: bool) -> Tensor:
 
 def _takes_gram(rows: float, dim: int, gather: bool, gram: bool | None) -> bool:
     """Whether to take Gram matrices: as asked for, or the cheaper; over ranks the same choice on all."""
-    return gram if gram is not None else rows > dim if _world_size(gather) == 1 else dim <= GRAM_WIDTH
+    if gram is None:
+        gram = rows > dim if _world_size(gather) == 1 else dim <= GRAM_WIDTH
+    return gram
 
 
 # ----------------------------------------------------------------------------------------------- the modules

@@ -552,7 +552,7 @@ def read_table(path: Path) -> dict[int, dict]:
     try:
         with open(path, newline="") as file:
             return {int(row["epoch"]): row for row in csv.DictReader(file)}
-    except (csv.Error, ValueError, KeyError):
+    except (csv.Error, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is no table of epochs; move it away") from None
 
 
