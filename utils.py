@@ -131,8 +131,8 @@ def number_or_sum(text: str) -> float | str:
 
 
 def boolean(text: str) -> bool:
-    if text.lower() in ("true", "1", "false", "0"):
-        return text.lower() in ("true", "1")
+    if text.lower() in ("true", "on", "1", "false", "off", "0"):
+        return text.lower() in ("true", "on", "1")
     raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
 
 
