@@ -36,6 +36,7 @@ cosines, but any part of the pairs will do: those of this rank, and of large bat
 import itertools
 import math
 import warnings
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -75,6 +76,21 @@ class PairMoments(NamedTuple):
         means = s * self.positive_mean + t, s * self.negative_mean + t
         squares = [s**2 * square + 2 * s * t * mean + t**2 for mean, square in (self[:2], self[2:4])]
         return PairMoments(means[0], squares[0], means[1], squares[1], *self[4:])
+
+
+@contextmanager
+def exact_products():
+    """float32 products without CUDA's TF32, which has 10 bits of mantissa and which training may have turned
+    on: moments are small differences of large sums."""
+    matmul, name, off = torch.backends.cuda.matmul, "fp32_precision", "ieee"
+    if not hasattr(matmul, name):  # torch < 2.9
+        name, off = "allow_tf32", False
+    before = getattr(matmul, name)
+    setattr(matmul, name, off)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 # -------------------------------------------------------------------------------------- functions of tensors
@@ -177,6 +193,7 @@ def auc_objective(moments: PairMoments, a, b, alpha, margin=1.0, negative_weight
 
 
 @torch.no_grad()
+@exact_products()
 def pair_auc(z0: Tensor, z1: Tensor) -> float:
     """AUC of positive against negative cosines: the share of couples (positive, negative) in the right order.
 
@@ -226,6 +243,7 @@ class _Sums(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
+    @exact_products()
     def backward(ctx, grad_sum, grad_gram):
         return torch.addmm(grad_sum, *ctx.saved_tensors, grad_gram + grad_gram.T)
 
@@ -348,6 +366,7 @@ class AUCCLLoss(nn.Module):
             raise ValueError(f"{name} is linear in alpha: it can only be held")
         return PRESETS[name](**overrides)
 
+    @exact_products()
     def forward(self, *views: Tensor) -> Tensor:
         """Symmetric form. views: V >= 2 of n images, [n, D] each, gradient through all; a 0-dim tensor."""
         _check_views(views, 2, _world_size(self.gather and self.temperature is None))
@@ -356,6 +375,7 @@ class AUCCLLoss(nn.Module):
             moments = symmetric_moments(*z, gather=self.gather)
             return self._objective(moments._replace(hardest=self._hardest(z, z, same_view=True)))
 
+    @exact_products()
     def teacher_student(self, teacher: Tensor, student: Tensor) -> Tensor:
         """Multi-crop form, the mean over couples of different views; a 0-dim tensor. teacher: [U, n, D] of
         the global views, without gradient; student: [V, n, D] of all views, the first U are the teacher's."""
@@ -434,6 +454,7 @@ class AUCCLLoss(nn.Module):
 class ReleasedCIFARLoss(AUCCLLoss):
     """`released_cifar` as a module: symmetric form only, this rank's images, `b` learned by plain descent."""
 
+    @exact_products()
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         _check_views((z0, z1), 2)
         with torch.autocast(z0.device.type, enabled=False):
@@ -461,6 +482,7 @@ class ReleasedImageNetLoss(AUCCLLoss):
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         raise ValueError("released-imagenet has no symmetric form; use 'paper' or 'released-cifar'")
 
+    @exact_products()
     def teacher_student(self, teacher: Tensor, student: Tensor) -> Tensor:
         _check_views((teacher, student), 3)
         with torch.autocast(student.device.type, enabled=False):

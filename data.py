@@ -215,6 +215,29 @@ def split_by_class(labels: torch.Tensor, take, generator) -> tuple[torch.Tensor,
     return order[chosen], order[~chosen]
 
 
+def count_labels(num_labels: int | None, *splits) -> int:
+    """The number of classes: of names, else --num_labels, else what the labels need."""
+    labels = {label for split in splits for label in split.targets}
+    low, high = min(labels), max(labels)
+    found = len(splits[0].classes or ()) or num_labels or high + 1
+    if num_labels not in (None, found) or low < 0 or high >= found:
+        raise UserError(f"--num_labels {num_labels or found} and labels from {low} to {high} contradict the "
+                        f"{found} classes; leave --num_labels out, or check the data set")
+    return found
+
+
+def choose_subset(labels: torch.Tensor, shots: int | None, fraction: float | None, seed: int) -> torch.Tensor:
+    """Indices of the training images to use: `shots` or `fraction` of every class (at least one), or all."""
+    counts = labels.bincount()
+    if shots and shots > counts.min():
+        raise UserError(f"--shots {shots} is more than the {counts.min()} training images of class "
+                        f"{counts.argmin()}; lower it")
+    if not shots and not fraction:
+        return torch.arange(len(labels))
+    generator = torch.Generator().manual_seed(utils.stream_seed(seed, 0))
+    return split_by_class(labels, lambda n: shots or (fraction * n).round().clamp_min(1), generator)[0]
+
+
 def _joined(constructor, root, split, **more):
     """The official training and validation sets together, or the test set."""
     parts = [constructor(root, part, **more) for part in (("train", "val") if split == "train" else (split,))]

@@ -2,6 +2,8 @@
 
 Every function also works in a single process without a process group.
 """
+import contextlib
+import ipaddress
 import os
 import re
 import socket
@@ -19,6 +21,7 @@ from utils import UserError
 
 TIMEOUT = timedelta(minutes=30)  # of the rendezvous and of a collective
 PATIENCE = 30                    # seconds before a rank says that it still waits for the others
+LOST = 30                        # seconds without an answer from another host before a collective fails
 
 
 def init_distributed(device: str = "auto", dist_url: str = "env://") -> torch.device:
@@ -45,10 +48,16 @@ def init_distributed(device: str = "auto", dist_url: str = "env://") -> torch.de
     return chosen
 
 
-def leave() -> None:
-    """Leaves the process group, when all ranks have come here."""
+def barrier() -> None:
+    """Returns when all ranks have come here."""
     if world_size() > 1:
         dist.barrier()
+
+
+def leave() -> None:
+    """Leaves the process group, when all ranks have come here."""
+    barrier()
+    if world_size() > 1:
         dist.destroy_process_group()
 
 
@@ -98,6 +107,23 @@ def gather_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
     return torch.stack(parts, 1).flatten(0, 1)[:count]
 
 
+def gather_uneven(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks, one rank after the other, on every rank's CPU; each may have any number."""
+    parts = [rows.cpu()] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(parts, parts[0])
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def average_buffers(network):
+    """Averages batch-norm running statistics over ranks: without SyncBatchNorm each rank has its own."""
+    if world_size() > 1:
+        for buffer in network.buffers():
+            if buffer.is_floating_point():
+                sum_over_ranks(buffer).div_(world_size())
+
+
 def _join(url: str, rank: int, world: int, device: torch.device) -> None:
     address = f"tcp://{os.environ.get('MASTER_ADDR', 'localhost')}:{os.environ.get('MASTER_PORT')}"
     where = address if url == "env://" else url
@@ -116,12 +142,46 @@ def _join(url: str, rank: int, world: int, device: torch.device) -> None:
         store = next(dist.rendezvous(url, rank, world, timeout=TIMEOUT))[0]
         # torchrun keeps its store over restarts, with the addresses of the processes that ended
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store.set_timeout(TIMEOUT)
+        _check_address(store, rank, world)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+        _notice_lost_hosts()
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the {world} processes do not meet at {where}: {utils.reason(error)}") from error
     finally:
         reminder.cancel()
+
+
+def _check_address(store, rank: int, world: int) -> None:
+    """UserError if there are several hosts and gloo would tell the others an address of this one alone."""
+    name = socket.gethostname()
+    if rank in (0, world - 1):  # on the first and on the last host
+        store.set(f"host of rank {rank}", name)
+    first, last = store.multi_get(["host of rank 0", f"host of rank {world - 1}"])
+    if first == last or os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    try:
+        addresses = sorted({info[4][0] for info in socket.getaddrinfo(name, None)})
+    except OSError:
+        addresses = ["127.0.0.1"]  # gloo's choice then
+    if all(ipaddress.ip_address(address).is_loopback for address in addresses):
+        there = ", ".join(interface for _, interface in socket.if_nameindex() if interface != "lo")
+        raise UserError(f"other hosts cannot reach {name}: its name resolves to {', '.join(addresses)} here; "
+                        "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to its network interface, one of "
+                        f"{there}")
+
+
+def _notice_lost_hosts() -> None:
+    """Has Linux probe this process's connections: a collective fails LOST seconds after its peer's host was
+    cut off, instead of after TIMEOUT. A host that is only busy still answers."""
+    for entry in Path("/proc/self/fd").glob("*"):
+        if entry.is_socket():
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, value in ((socket.TCP_KEEPIDLE, LOST // 3), (socket.TCP_KEEPINTVL, LOST // 6),
+                                      (socket.TCP_KEEPCNT, 4), (socket.TCP_USER_TIMEOUT, 1000 * LOST)):
+                    connection.setsockopt(socket.IPPROTO_TCP, option, value)  # the last in milliseconds
 
 
 def _variable(name: str, default: int | None) -> int | None:

@@ -37,17 +37,14 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     utils.check_flags(parse_args)
 
-from contextlib import contextmanager  # noqa: E402
-
 import torch  # noqa: E402
 
 import data  # noqa: E402
 import distributed  # noqa: E402
 import pretrained  # noqa: E402
+from neighbours import NUMBERS, nearest_rows  # noqa: E402
 
 DUMPS = "trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth"
-QUERIES = 256       # queries compared with the bank together
-NUMBERS = 2 ** 25   # numbers in each tensor held at once: 128 MB in float32
 
 
 @torch.no_grad()
@@ -71,7 +68,7 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, ks=(10, 20, 100, 200)
     size = max(1, NUMBERS // (4 * max(most, num_classes)))
     hits = {k: torch.zeros(2, device=device) for k in ks}
     for block, truth in zip(*(distributed.share(rows).split(size) for rows in (queries, query_labels))):
-        cos, nearest = _search(bank, block.to(device), most)                            # [q, most] each
+        cos, nearest = nearest_rows(bank, block.to(device), most)                       # [q, most] each
         labels, truth = bank_labels[nearest], truth.to(device)[:, None]
         # relative to the nearest: the same ranking without overflow; and no vote vanishes
         votes = ((cos - cos[:, :1]).double() / temperature).exp().clamp_min(1e-300)
@@ -84,47 +81,6 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, ks=(10, 20, 100, 200)
             counted = k
     counts = distributed.sum_over_ranks(torch.stack(list(hits.values())))
     return dict(zip(hits, map(tuple, (100 * counts.cpu().double() / len(queries)).tolist())))
-
-
-def _search(bank, queries, k):
-    """Cosines (float32) and bank indices of each query's k <= N nearest rows, nearest first: [Q, k] each."""
-    queries = _unit_rows(queries)
-    cos = queries.new_full((len(queries), k), -2.0)
-    index = torch.zeros_like(cos, dtype=torch.int64)
-    size = max(1, NUMBERS // max(QUERIES, bank.shape[1]))
-    # one buffer for all products: fresh memory is slow on a CPU; and no autocast where `out` is given
-    product = queries.new_empty(min(QUERIES, len(queries)), min(size, len(bank)))
-    with _no_tf32():
-        for start in range(0, len(bank), size):
-            rows = _unit_rows(bank[start:start + size].to(queries.device))
-            for chunk, best, nearest in zip(*(tensor.split(QUERIES) for tensor in (queries, cos, index))):
-                torch.mm(chunk, rows.T, out=product[:len(chunk), :len(rows)])                       # [q, n]
-                found, column = product[:len(chunk), :len(rows)].topk(min(k, len(rows)))
-                found, order = torch.cat([best, found], 1).topk(k)
-                nearest.copy_(torch.cat([nearest, column + start], 1).gather(1, order))
-                best.copy_(found)
-    return cos, index
-
-
-def _unit_rows(features):
-    """Rows of length one in float32; a zero row stays zero."""
-    features = features.float()
-    largest = torch.linalg.vector_norm(features, torch.inf, dim=1, keepdim=True)  # lest squares overflow
-    return torch.nn.functional.normalize(features / largest.clamp_min(torch.finfo(torch.float32).tiny), dim=1)
-
-
-@contextmanager
-def _no_tf32():
-    """Turns off CUDA's TF32 products, which training may have turned on."""
-    matmul, name, off = torch.backends.cuda.matmul, "fp32_precision", "ieee"
-    if not hasattr(matmul, name):  # torch < 2.9
-        name, off = "allow_tf32", False
-    before = getattr(matmul, name)
-    setattr(matmul, name, off)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
 
 
 def _check(side, features, labels, width):
@@ -168,6 +124,7 @@ def compute_features(args, device, keep_on):
 def main(argv=None):
     args = parse_args(argv)
     device = distributed.init_distributed(args.device, args.dist_url)
+    utils.set_backends(device, deterministic=False, tf32=False)
     for folder in filter(None, (args.output_dir, args.dump_features)):
         folder.mkdir(parents=True, exist_ok=True)
     keep_on = device if args.use_cuda and device.type == "cuda" else torch.device("cpu")

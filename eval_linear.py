@@ -17,7 +17,6 @@ epoch), heads.json (all heads); linear.txt by --evaluate.
 import itertools
 import json
 import time
-import zlib
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +31,7 @@ CHECKPOINT = "checkpoint.pth.tar"  # DINO's name
 HELD_OUT = 0.1  # share of each class's training images that heads are chosen on
 L2_GRID = tuple(10 ** (-k / 2) for k in range(-2, 13))  # of the logistic regression: 10 ... 1e-6
 LOGITS, ROWS = 2 ** 22, 2 ** 16  # held at once by `measure` (16 MB) and `fit_logistic`
-SUBSET, HOLD_OUT, ORDER, CROP, INIT = range(5)  # random streams
+HOLD_OUT, ORDER, CROP, INIT = range(1, 5)  # random streams; 0: data.choose_subset
 
 
 def parse_args(argv=None):
@@ -249,29 +248,6 @@ def fit_heads(grid: HeadGrid, candidates: list[Candidate], features: Tensor, lab
 
 # ----------------------------------------------------------------------------------------- images and batches
 
-def count_labels(num_labels: int | None, *splits) -> int:
-    """The number of classes: of names, else --num_labels, else what the labels need."""
-    labels = {label for split in splits for label in split.targets}
-    low, high = min(labels), max(labels)
-    found = len(splits[0].classes or ()) or num_labels or high + 1
-    if num_labels not in (None, found) or low < 0 or high >= found:
-        raise UserError(f"--num_labels {num_labels or found} and labels from {low} to {high} contradict the "
-                        f"{found} classes; leave --num_labels out, or check the data set")
-    return found
-
-
-def choose_subset(labels: Tensor, shots: int | None, fraction: float | None, seed: int) -> Tensor:
-    """Indices of the training images to use: `shots` or `fraction` of every class (at least one), or all."""
-    counts = labels.bincount()
-    if shots and shots > counts.min():
-        raise UserError(f"--shots {shots} is more than the {counts.min()} training images of class "
-                        f"{counts.argmin()}; lower it")
-    if not shots and not fraction:
-        return torch.arange(len(labels))
-    generator = torch.Generator().manual_seed(utils.stream_seed(seed, SUBSET))
-    return data.split_by_class(labels, lambda n: shots or (fraction * n).round().clamp_min(1), generator)[0]
-
-
 def hold_out(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Indices to train on and to choose on: HELD_OUT of every class, at least one image, never all."""
     generator = torch.Generator().manual_seed(utils.stream_seed(seed, HOLD_OUT))
@@ -360,18 +336,13 @@ def evaluate(args, grid: HeadGrid, candidates: list[Candidate], fit_set, held_se
     return chosen, score_record(test, chosen, "test")
 
 
-def checksum(backbone: nn.Module) -> int:
-    weights = (value.float().cpu().numpy().tobytes() for value in backbone.state_dict().values())
-    return zlib.crc32(b"".join(weights))
-
-
 def train_heads(args, backbone: nn.Module, description: pretrained.Description, device: torch.device) -> None:
     """Trains from where an earlier run stopped; after each epoch chooses a head, records and saves."""
     started, first, world = time.monotonic(), distributed.rank() == 0, distributed.world_size()
     candidates, path = make_candidates(args, backbone), args.output_dir / CHECKPOINT
     train, test = data.build_splits(args.dataset, args.data_path, download=args.download)
-    num_labels, labels = count_labels(args.num_labels, train, test), torch.tensor(train.targets)
-    fit, held = choose_subset(labels, args.shots, args.fraction, args.seed), ()
+    num_labels, labels = data.count_labels(args.num_labels, train, test), torch.tensor(train.targets)
+    fit, held = data.choose_subset(labels, args.shots, args.fraction, args.seed), ()
     if len(candidates) > 1:
         fit, held = (fit[rows] for rows in hold_out(labels[fit], args.seed))
     if len(fit) < world:
@@ -385,7 +356,7 @@ def train_heads(args, backbone: nn.Module, description: pretrained.Description, 
 
     epoch, chosen, best_acc = 0, 0, 0.0
     flags = {**utils.plain(args), "num_labels": num_labels, "world_size": world}
-    fingerprint = [checksum(backbone), len(fit), len(held), len(test)]
+    fingerprint = [pretrained.checksum(backbone), len(fit), len(held), len(test)]
     if state := utils.read_resume(args, path, FREE_ON_RESUME, flags):
         if state["fingerprint"] != fingerprint:
             raise UserError(f"{path} had another backbone or other images; choose another --output_dir")
@@ -453,13 +424,13 @@ def evaluate_head(args, backbone: nn.Module, description: pretrained.Description
     """Measures the head of an earlier run on the test images and appends a record to linear.txt."""
     path = args.output_dir / CHECKPOINT
     state = utils.load_checkpoint(path)
-    if state.get("fingerprint", [None])[0] != checksum(backbone):
+    if state.get("fingerprint", [None])[0] != pretrained.checksum(backbone):
         raise UserError(f"the head in {path} was trained on another backbone; give that one's "
                         "--pretrained_weights, or the --seed of its random ones")
     candidate = Candidate(**state["candidate"])
     network = FrozenFeatures(backbone, [candidate])
     test = data.build_dataset(args.dataset, args.data_path, "test", download=args.download)
-    grid = HeadGrid([network.columns(candidate)], count_labels(args.num_labels, test)).to(device)
+    grid = HeadGrid([network.columns(candidate)], data.count_labels(args.num_labels, test)).to(device)
     weights = {name.removeprefix("linear."): value for name, value in state["state_dict"].items()}
     utils.load_parts({"head": weights}, {"head": grid.heads[0]}, path)
     scores = measure(grid, *fixed_features(args, network, description, test, range(len(test)), device))
@@ -470,7 +441,7 @@ def evaluate_head(args, backbone: nn.Module, description: pretrained.Description
 def main(argv=None):
     args = parse_args(argv)
     device = distributed.init_distributed(args.device, args.dist_url)
-    torch.backends.cudnn.deterministic = True  # the same command gives the same bits
+    utils.set_backends(device, deterministic=True, tf32=False)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     writes = distributed.rank() == 0 and not args.evaluate
     with closing(utils.lock_folder(args.output_dir)) if writes else nullcontext():

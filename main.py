@@ -26,8 +26,8 @@ RECIPES = {
 }
 RECIPES["hard"] = RECIPES["paper"] | {"learn": ("a", "alpha")}
 RECIPES["poster"] = RECIPES["paper"] | {"learn": ("b", "alpha")}
-FREE_ON_RESUME = ("output_dir", "data_path", "device", "dist_url", "local_rank", "num_workers", "print_freq",
-                  "save_every", "saveckp_freq", "knn_every", "knn_data_path", "skip_bad_images", "download")
+FREE_ON_RESUME = ("output_dir", "data_path", "deterministic", "device", "dist_url", "local_rank",
+                  "num_workers", "print_freq", "save_every", "saveckp_freq", "knn_every", "knn_data_path", "skip_bad_images", "download")
 
 
 def parse_args(argv=None):
@@ -41,6 +41,8 @@ def parse_args(argv=None):
     add("--out_dim", type=positive_int, help=recipe("width of the head's output", "out_dim"))
     add("--norm_last_layer", type=boolean, default=True, help="fixed row norms of the head's last layer")
     add("--use_bn_in_head", type=boolean, default=False, help="batch norm in the head")
+    add("--init_weights", type=lambda text: text if text.startswith("timm/") else utils.path(text),
+        help="file of a backbone's weights, or timm/NAME (with --download), to start from")
     add("--teacher", choices=("ema", "none"), default="ema", help="EMA of the student; none: symmetric views")
     add("--momentum_teacher", type=utils.probability, default=0.996, help="EMA momentum; a cosine ends at 1")
 
@@ -71,6 +73,7 @@ def parse_args(argv=None):
     add("--grad_checkpointing", action="store_true", help="activation checkpointing: less memory, more time")
     add("--compile", action="store_true", help="compile the student: minutes at the start, then faster steps")
     add("--seed", type=non_negative_int, default=0, help="seed of weights, order, views and stochastic depth")
+    add("--deterministic", action="store_true", help="the same bits again on GPUs, too, with slower kernels")
 
     add = parser.add_argument_group("views").add_argument
     add("--views", type=utils.number(int, 2, 64), help="global views, with --teacher none (default: 2)")
@@ -87,7 +90,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data and output").add_argument
     add("--data_path", type=utils.path, required=True, help="folder of training images, or root of --dataset")
     add("--dataset", help="instead of a folder: cifar10, stl10, ... or hfds/NAME of the Hugging Face hub")
-    add("--download", action="store_true", help="fetch --dataset if it is not in --data_path")
+    add("--download", action="store_true", help="fetch --dataset or --init_weights timm/NAME if not here yet")
     add("--skip_bad_images", action="store_true", help="replacement of undecodable images by the next one")
     add("--num_workers", type=non_negative_int, default=utils.default_workers(), help="loader workers")
     add("--output_dir", type=utils.path, default=utils.Path("."), help="output folder")
@@ -140,7 +143,7 @@ from augmentations import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, MultiCropAugme
 from cifar.curves import draw_curves  # noqa: E402
 from data import build_dataset, build_splits, eval_transform, image_files, load_image  # noqa: E402
 from eval_knn import knn_accuracy  # noqa: E402
-from pretrained import Description, export_backbone, extract_features  # noqa: E402
+from pretrained import Description, export_backbone, extract_features, init_backbones  # noqa: E402
 from vision_transformer import (VIT_ARCHS, MultiCropNet, ProjectionHead, build_backbone,  # noqa: E402
                                 convert_sync_batchnorm)
 
@@ -182,14 +185,14 @@ class Run:
     """A training run, built from the flags: data, networks, objective, optimiser, and how far it has come.
 
     Another objective replaces `criterion`. It is called as criterion.teacher_student(targets, embeddings) or
-    criterion(z0, z1, ...), and has `means`, the last mean positive and negative score, and `param_groups(lr)`,
-    of its own parameters, whose gradients must be equal on all ranks.
+    criterion(z0, z1, ...), and has `means`, the last mean positive and negative score, and
+    `param_groups(lr)`, of its own parameters, whose gradients must be equal on all ranks.
     """
 
     def __init__(self, args, device):
         self.args, self.device = args, device
         self.amp_dtype = utils.select_amp(args.amp, device)
-        torch.backends.cudnn.deterministic = True
+        utils.set_backends(device, args.deterministic)
         # torch's fused attention is the slower one on CPUs in bf16, in the backward pass of short sequences
         set_fused_attn(device.type != "cpu" or self.amp_dtype is None)
         torch.manual_seed(args.seed)  # the same weights on all ranks
@@ -212,7 +215,7 @@ class Run:
         if args.grad_checkpointing:
             self.student.backbone.set_grad_checkpointing(True)
         for network in filter(None, (self.student, self.teacher)):
-            network.to(device, memory_format=torch.channels_last)
+            network.to(device, memory_format=utils.memory_format(network, device, self.amp_dtype))
             if world > 1 and device.type == "cuda":  # torch has no SyncBatchNorm for CPUs
                 convert_sync_batchnorm(network)
         self.network = torch.compile(self.student) if args.compile else self.student  # what the step calls
@@ -341,7 +344,7 @@ def train_one_epoch(run, log, save, interruption):
             run.student.head.last_layer.zero_grad()
         scaler.step(run.optimizer)
         scaler.update()
-        average_buffers(run.student)
+        distributed.average_buffers(run.student)
         if teacher:
             update_teacher(teacher, run.student, momentum)
 
@@ -379,15 +382,6 @@ def clip_gradients(parameters, max_norm):
     if max_norm and grads:
         norms = torch.stack(torch._foreach_norm(grads))
         torch._foreach_mul_(grads, (max_norm / (norms + 1e-6)).clamp(max=1).unbind())
-
-
-@torch.no_grad()
-def average_buffers(network):
-    """Averages batch-norm running statistics over ranks: without SyncBatchNorm each rank has its own."""
-    if distributed.world_size() > 1:
-        for buffer in network.buffers():
-            if buffer.is_floating_point():
-                distributed.sum_over_ranks(buffer).div_(distributed.world_size())
 
 
 @torch.no_grad()
@@ -444,6 +438,9 @@ def train(args, device):
     free = ("batch_size_per_gpu",) if args.preset == "paper" else ()  # the release's negatives are local
     state = utils.read_resume(args, checkpoint, FREE_ON_RESUME + free)
     fresh, run = state is None, Run(args, device)
+    if fresh and args.init_weights:
+        backbones = [network.backbone for network in filter(None, (run.student, run.teacher))]
+        init_backbones(backbones, args.init_weights, run.description, args.download)
     if not fresh:
         run.load_state_dict(state, checkpoint)
         del state  # as large as the run itself

@@ -1,4 +1,4 @@
-"""A file of weights -> a frozen backbone and how to feed it; the features of a data set.
+"""A file of weights -> a backbone and how to feed it; the features of a data set.
 
     backbone, description = load_backbone("checkpoint.pth")                   # [B, 3, H, W] -> [B, F]
     transform = data.eval_transform(description.image_size, description.mean, description.std)
@@ -8,11 +8,13 @@
 import argparse
 import json
 import math
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 
 import data
 import distributed
@@ -39,7 +41,7 @@ class Description(NamedTuple):
 
 
 def load_backbone(path, checkpoint_key=None, arch=None, patch_size=None, image_size=None,
-                  random_weights=False):
+                  random_weights=False, drop_path_rate=0.0):
     """A frozen backbone in evaluation mode, images [B, 3, H, W] -> features [B, F], and its Description.
 
     path: a checkpoint of main.py, cifar/main.py or DINO, or weights alone as DINO, timm and torchvision
@@ -47,6 +49,7 @@ def load_backbone(path, checkpoint_key=None, arch=None, patch_size=None, image_s
     checkpoint_key: the network of a checkpoint; by default the teacher, or the only one there.
     arch, patch_size, image_size: what the file does not tell; by default patches of 16 pixels, and images of
         224 or, for timm's models, of the size that they were trained on.
+    drop_path_rate: stochastic depth of a vit_*, should it be trained further.
 
     Weights must fit name by name; only a classifier is left out, with a note. UserError for a file that
     cannot be read, a wrong key, weights that do not fit, and arguments that contradict the file.
@@ -76,7 +79,7 @@ def load_backbone(path, checkpoint_key=None, arch=None, patch_size=None, image_s
     if arch.startswith("timm/"):  # its position embeddings are those of the file, or of timm's training
         built_size = known.get("image_size", usual["image_size"])
     try:
-        backbone = build_backbone(arch, description.patch_size or 16, built_size)
+        backbone = build_backbone(arch, description.patch_size or 16, built_size, drop_path_rate)
     except ValueError as error:
         raise UserError(str(error)) from error
     if weights:
@@ -89,6 +92,54 @@ def load_backbone(path, checkpoint_key=None, arch=None, patch_size=None, image_s
             raise UserError(f"{arch} takes images of {built_size} pixels, not {description.image_size}; "
                             "leave --image_size out") from error
     return backbone, description
+
+
+def init_backbones(backbones, source, description: Description, download=False):
+    """Copies the weights named by --init_weights into networks of one architecture, and says so in a line.
+
+    source: the path of a file that `load_backbone` reads, or the text "timm/NAME", fetched if `download`.
+    description: of the backbones. Of a ViT, position embeddings are resampled to the backbone's image size.
+
+    UserError as by `load_backbone`.
+    """
+    first, *others = backbones
+    if isinstance(source, Path):
+        weights, known = _read_weights(source, None)
+    else:
+        weights, known = _fetch_timm(source, download)
+    if known.get("arch", description.arch) != description.arch:
+        raise UserError(f"--init_weights {source} holds {known['arch']}, this run trains {description.arch}; "
+                        "give the same --arch")
+    lines = [f"the backbone starts from {source}, the head anew"]
+    if isinstance(first, timm.models.VisionTransformer) and "pos_embed" in weights:
+        prefix = 0 if first.no_embed_class else first.num_prefix_tokens
+        given, grid = weights["pos_embed"], first.patch_embed.grid_size
+        if given.shape[1] != prefix + math.prod(grid):
+            weights["pos_embed"] = resample_abs_pos_embed(given, grid, num_prefix_tokens=prefix)
+            lines.append(f"position embeddings resampled from {given.shape[1] - prefix} to {math.prod(grid)} "
+                         "patches")
+    _load_strictly(first, weights, source, advice="Check --arch and --patch_size")
+    for backbone in others:
+        backbone.load_state_dict(first.state_dict())
+    own = {"mean": tuple(description.mean), "std": tuple(description.std)}
+    if any(known.get(name, value) != value for name, value in own.items()):
+        lines.append(f"its images had mean {known['mean']} and std {known['std']}, here they have "
+                     f"{own['mean']} and {own['std']}")
+    if distributed.rank() == 0:
+        print("; ".join(lines), flush=True)
+
+
+def _fetch_timm(source, download):
+    """The weights of "timm/NAME", without classifier, and how their images were normalised."""
+    if not download:
+        raise UserError(f"--init_weights {source} comes over the network; add --download, or give a file")
+    try:
+        network = timm.create_model(source.removeprefix("timm/"), pretrained=True, num_classes=0)
+    except Exception as error:  # huggingface_hub, its client and timm each raise their own
+        raise UserError(f"cannot fetch {source}: {utils.reason(error)}; check its name and the network, or "
+                        "give a file") from error
+    trained = network.pretrained_cfg
+    return network.state_dict(), {name: tuple(trained[name]) for name in ("mean", "std")}
 
 
 def export_backbone(backbone, description: Description, path: Path) -> None:
@@ -168,8 +219,9 @@ def _usual_input(arch):
     return usual
 
 
-def _load_strictly(backbone, weights, path):
-    """Copies the weights. UserError if names or shapes differ; a classifier is left out, with a note."""
+def _load_strictly(backbone, weights, path, advice="Check --arch and --checkpoint_key"):
+    """Copies the weights; a classifier is left out, with a note. UserError, with `advice`, if names or shapes
+    differ."""
     own = backbone.state_dict()
     layers = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
     layers = tuple(f"{x}." for x in ("head", "fc", *([layers] if isinstance(layers, str) else layers)))
@@ -184,47 +236,61 @@ def _load_strictly(backbone, weights, path):
         text = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:NAMED_KEYS])}"
                          f"{', ...' if len(keys) > NAMED_KEYS else ''}"
                          for kind, keys in differing.items() if keys)
-        raise UserError(f"the weights in {path} do not fit the backbone, {text}. Check --arch and "
-                        "--checkpoint_key")
+        raise UserError(f"the weights in {path} do not fit the backbone, {text}. {advice}")
     if left_out and distributed.rank() == 0:
         print(f"note: the classifier in {path} is not used: {', '.join(left_out)}", flush=True)
     backbone.load_state_dict(weights, strict=False)
 
 
 @torch.inference_mode()
+def feature_batches(network, images, device, batch_size=128, num_workers=0, amp_dtype=None, title="features"):
+    """Yields features [b, F] in float32, on `device`, and labels [b], batch by batch in order.
+
+    network: images [B, 3, S, S] on `device` -> [B, F], in evaluation mode. images: dataset of (image, label).
+    UserError for images that cannot be decoded, and features that are not finite.
+    """
+    loader = torch.utils.data.DataLoader(images, batch_size, num_workers=num_workers,
+                                         pin_memory=device.type == "cuda", worker_init_fn=utils.leave_group)
+    for batch, labels in utils.progress(loader, 0, len(loader), title):
+        with utils.autocast(device, amp_dtype):
+            rows = network(batch.to(device, non_blocking=True)).float()
+        if not rows.isfinite().all():
+            raise UserError("the backbone's features are not finite; its training may have diverged, or "
+                            "--amp none may help")
+        yield rows, labels
+
+
+@torch.inference_mode()
 def extract_features(network, dataset, device, batch_size=128, num_workers=0, amp_dtype=None,
                      title="features", gather=True, keep_on=None):
-    """Features [N, F] in float32 and labels [N] of all images in order, on every rank.
+    """Features [N, F] in float32 and labels [N] of all images in order, on every rank: see `feature_batches`.
 
-    network: images [B, 3, S, S] on `device` -> [B, F], in evaluation mode; every image is computed once.
-    dataset: of `data.build_dataset`. keep_on: the device of the results, `device` by default.
+    dataset: of `data.build_dataset`; every image is computed once. keep_on: the device of the results.
     gather: False leaves each rank the features of its images rank, rank + W, ...; the labels are all.
-
-    UserError for an empty data set, images that cannot be decoded, and features that are not finite.
+    UserError also for an empty data set.
     """
     if len(dataset) == 0:
         raise UserError("there are no images to compute features of; check --data_path")
     own = distributed.share(range(len(dataset)))
     images = torch.utils.data.Subset(dataset, own or range(1))  # the width of the features, if there are none
-    loader = torch.utils.data.DataLoader(images, batch_size, num_workers=num_workers,
-                                         pin_memory=device.type == "cuda", worker_init_fn=utils.leave_group)
     features, labels = [], []
-    for batch, targets in utils.progress(loader, 0, len(loader), title):
-        with utils.autocast(device, amp_dtype):
-            rows = network(batch.to(device, non_blocking=True))
-        features.append(rows.float().to(keep_on or device))
+    for rows, targets in feature_batches(network, images, device, batch_size, num_workers, amp_dtype, title):
+        features.append(rows.to(keep_on or device))
         labels.append(targets.clone().to(keep_on or device))  # a worker's tensor would keep a file open
-    if not all(rows.isfinite().all() for rows in features):
-        raise UserError("the backbone's features are not finite; its training may have diverged, or --amp "
-                        "none may help")
     features, labels = torch.cat(features)[:len(own)], torch.cat(labels)[:len(own)]
     if gather:
         features = distributed.gather_rows(features, len(dataset))
     return features, distributed.gather_rows(labels, len(dataset))
 
 
-def load_from_flags(args):
-    """`load_backbone` by the flags of `utils.add_evaluation_flags`; fills in paths that were not given."""
+def checksum(backbone: torch.nn.Module) -> int:
+    """Tells backbones apart, whatever their files are called."""
+    weights = (value.float().cpu().numpy().tobytes() for value in backbone.state_dict().values())
+    return zlib.crc32(b"".join(weights))
+
+
+def load_from_flags(args, drop_path_rate=0.0):
+    """`load_backbone` by the flags of `utils.add_backbone_flags`; fills in paths that were not given."""
     if args.data_path is None and args.dataset in data.DATASETS and args.dataset != "folder":
         args.data_path = Path(__file__).resolve().parent / "cifar" / "datasets"
     if args.pretrained_weights is None and not args.random_weights:
@@ -236,7 +302,7 @@ def load_from_flags(args):
             print(f"note: no --pretrained_weights; taking {CHECKPOINT.resolve()}", flush=True)
     torch.manual_seed(args.seed)
     return load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size,
-                         args.image_size, args.random_weights)
+                         args.image_size, args.random_weights, drop_path_rate)
 
 
 def describe_run(args, description: Description) -> dict:

@@ -95,7 +95,7 @@ class PerAnchor(AUCCLLoss):
 
 
 def negative_cosines(*views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The unit rows of all V views [V n, D], their cosines and which of them are negative pairs [V n, V n]."""
+    """Unit rows of all V views [V n, D], their cosines [V n, V n] and which of these are negative pairs."""
     with torch.autocast(views[0].device.type, enabled=False):
         z = torch.cat([unit_rows(view) for view in views])
         same_image = torch.eye(len(views[0]), dtype=torch.bool, device=z.device)

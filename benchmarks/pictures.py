@@ -72,7 +72,7 @@ def draw_line(axis, style, label, x, y, low=None, high=None):
 
 
 def draw_over_seeds(axis, style, label, rows, x, y):
-    """The mean of row[y] over the rows of equal row[x], with a band from the lowest to the highest."""
+    """The mean of row[y] over rows of equal row[x] (or x(row)), and a band from the lowest to the highest."""
     values = {at: [row[y] for row in seeds] for at, seeds in sorted(grouped(rows, x).items())}
     bounds = ([summary(seeds) for seeds in values.values()] for summary in (mean, min, max))
     draw_line(axis, style, label, list(values), *bounds)
@@ -142,6 +142,51 @@ def draw_convergence(rows):
     axes[1].set(xlabel="time of training and evaluation (s)")
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(fontsize=8)
+    return figure
+
+
+def draw_seeds(rows):
+    """k-NN accuracy by epoch, and final k-NN and linear accuracy: means over seeds and their range."""
+    figure, [axes] = panels(2, 5.5)
+    trained = [row for row in rows if row["epoch"] >= 0]
+    methods = grouped(trained, lambda row: re.sub(r" s\d+$", "", row["run"]))
+    for at, (style, name, records) in enumerate(styled(methods)):
+        draw_over_seeds(axes[0], style, name, records, lambda row: row["epoch"] + 1, "test_acc@1")
+        for field, fill in zip(ACCURACIES, ("full", "none")):
+            values = [row[field] for row in last_rows(records)]
+            axes[1].plot([min(values), max(values)], [at, at], color=style[0], alpha=0.3)
+            axes[1].plot(mean(values), at, style[1], color=style[0], fillstyle=fill)
+    axes[0].set(xlabel="epoch", ylabel="k-NN accuracy, top-1 (%)")
+    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].legend(fontsize=8)
+    axes[1].set(xlabel="final accuracy, top-1 (%): full k-NN, hollow linear probe")
+    axes[1].set_yticks(range(len(methods)), methods, fontsize=8)
+    axes[1].invert_yaxis()
+    return figure
+
+
+def draw_views(rows):
+    """Final accuracies against the number of views, by what is equal; three settings of runs.py's views."""
+    figure, [axes] = panels(2, 5.5)
+    final = last_rows(rows)
+    fewest = min(row["epochs"] for row in final)
+    most = max(row["epochs"] * row["views"] for row in final)
+    largest = max(row["batch_size"] for row in final)
+    per_step = 2 * largest
+    settings = {  # name -> whether it holds for (views, batch size, epochs)
+        "equal views seen": lambda v, size, epochs: v * size == per_step and v * epochs == most,
+        "equal epochs and views a step": lambda v, size, epochs: v * size == per_step and epochs == fewest,
+        "equal epochs and images a step": lambda v, size, epochs: size == largest and epochs == fewest}
+    lines = {f"{name}, {setting}": [row for row in records
+                                     if holds(row["views"], row["batch_size"], row["epochs"])]
+             for name, records in grouped(final, lambda row: re.sub(r" V\d+ .*$", "", row["run"])).items()
+             for setting, holds in settings.items()}
+    for axis, (field, title) in zip(axes, ACCURACIES.items()):
+        for style, name, records in styled(lines):
+            draw_over_seeds(axis, style, name, records, "views", field)
+        axis.set(xlabel="views of an image", ylabel=f"{title} accuracy, top-1 (%)")
+        set_log_axis(axis, [row["views"] for row in final])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
@@ -238,7 +283,8 @@ def growth(points) -> float | None:
 
 PICTURES = {"batch_size": draw_batch_size, "convergence": draw_convergence, "all_images": draw_all_images,
             "ablation": draw_ablation, "trajectories": draw_trajectories, "bias": draw_bias,
-            "objective": draw_objective}
+            "objective": draw_objective, "hard": draw_seeds, "long": draw_seeds, "views": draw_views,
+            "hard_batch": draw_batch_size, "hard_small": draw_batch_size}
 TABLES = {"trajectories": "ablation"}  # picture -> its table, where it is called otherwise
 
 

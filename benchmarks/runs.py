@@ -189,7 +189,7 @@ def views() -> list[Config]:
 
 
 def with_small(lr: float) -> list[Config]:
-    """HARD's methods with the larger network `small` at another learning rate, a, b and alpha at half of it."""
+    """HARD's leading methods with the network `small` at another learning rate, the weights at half of it."""
     names = "AUC-CL hard", "DCL", "NT-Xent"
     return [Config(name, HARD[name][2] | {"arch": "small", "lr": lr, "weights_lr": lr / 2}, *HARD[name][:2])
             for name in names]
@@ -220,6 +220,7 @@ def convergence() -> list[Config]:
     """Every method as tuned; AUC-CL also as it is best on all images; the released preset's own recipe."""
     return [*(Config(name, flags, loss, options) for name, (loss, options, flags) in METHODS.items()),
             Config("AUC-CL, 2048-1024, weights_lr 4e-3", AUC_CL | {"projector": WIDE, "weights_lr": 4e-3}),
+            Config("AUC-CL hard", HARD["AUC-CL hard"][2]),
             Config("released-cifar", {"preset": "released-cifar", "warmup_epochs": 0})]
 
 

@@ -62,7 +62,7 @@ def choose_images(data: ImageData, images: int) -> ImageData:
 
 
 def hold_out(data: ImageData, images: int) -> ImageData:
-    """The data with `images` training images, chosen likewise, in the place of the test images; 0: as it is."""
+    """The data with `images` training images, chosen likewise, as test images; 0: the data as it is."""
     if images == 0:
         return data
     test, (train, labels) = draw_by_class(data, images, HELD_OUT_STREAM, "held_out")

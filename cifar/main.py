@@ -31,7 +31,7 @@ RECIPES = {
 }
 RECIPES["hard"] = RECIPES["paper"] | {"learn": ("a", "alpha")}
 RECIPES["poster"] = RECIPES["paper"] | {"learn": ("b", "alpha")}
-FREE_ON_RESUME = ("output_dir", "data_path", "device", "save_every")
+FREE_ON_RESUME = ("output_dir", "data_path", "deterministic", "device", "save_every")
 PAIR_IMAGES = 512  # test images whose pairs the AUC is taken over
 EVAL_BATCH = 512
 NOTE_EVERY = 10    # steps between looks at the loss, each of which waits for the device
@@ -47,6 +47,7 @@ def parse_args(argv=None):
     add("--data_path", type=utils.path, help="root of --dataset (default: datasets beside this script)")
     add("--image_size", type=utils.number(int, 8, 1024), help="pixels a side (default: 32; stl10: 96)")
     add("--arch", default="resnet50", help="resnet18, resnet34 or resnet50; for CPUs small or tiny")
+    add("--init_weights", type=utils.path, help="file of a backbone's weights to start from")
     add("--projector", type=positive_int, nargs="+", help=recipe("widths of the head's layers", "projector"))
     add("--batch_size", type=utils.number(int, 2, 2**31), help=recipe("images per batch", "batch_size"))
     add("--views", type=utils.number(int, 2, 64), default=2, help="views of an image per step; the time of a "
@@ -63,6 +64,7 @@ def parse_args(argv=None):
     add("--nb_knn", type=positive_int, default=200, help="neighbours that vote")
     add("--temperature", type=positive_float, default=0.07, help="temperature T of their votes exp(cos / T)")
     add("--seed", type=utils.non_negative_int, default=0, help="seed of weights, order and augmentation")
+    add("--deterministic", action="store_true", help="the same bits again on GPUs, too, with slower kernels")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--amp", choices=("auto", "bf16", "none"), default="auto", help="autocast; auto: bf16 if native")
     add("--compile", action="store_true", help="compile the network: minutes at the start, then faster steps")
@@ -94,6 +96,7 @@ from augmentations import CIFAR_MEAN, CIFAR_STD, SimCLRAugmentation, normalize  
 from cifar.curves import draw_curves  # noqa: E402
 from cifar.data import ImageData, load_data  # noqa: E402
 from eval_knn import knn_accuracy  # noqa: E402
+from pretrained import Description, init_backbones  # noqa: E402
 from vision_transformer import MultiCropNet, build_backbone, mlp_head  # noqa: E402
 
 
@@ -105,18 +108,19 @@ class Run:
         self.args = args
         self.device = utils.select_device(args.device)
         self.amp_dtype = utils.select_amp(args.amp, self.device)
-        torch.backends.cudnn.deterministic = True  # the same command gives the same bits
+        utils.set_backends(self.device, args.deterministic)
         torch.manual_seed(args.seed)
         with utils.user_errors():
             criterion = criterion or AUCCLLoss.preset(args.preset, **utils.objective_arguments(args))
             backbone = build_backbone(f"cifar/{args.arch}")
         self.criterion = criterion.to(self.device)
         self.model = MultiCropNet(backbone, mlp_head(backbone.embed_dim, args.projector))
-        self.model.to(self.device, memory_format=torch.channels_last)
+        self.model.to(self.device, memory_format=utils.memory_format(self.model, self.device, self.amp_dtype))
         self.network = torch.compile(self.model) if args.compile else self.model
         self.data = data or load_data(args.dataset, args.data_path, args.image_size)
         self.data_checksum = [len(self.data.train), self.data.train.sum(dtype=torch.int64).item()]
         self.augment = SimCLRAugmentation(self.data.train.shape[-1], args.crop_scale)
+        self.description = Description(f"cifar/{args.arch}", None, self.augment.size, CIFAR_MEAN, CIFAR_STD)
         self.steps = len(self.data.train) // (args.batch_size * args.accum_iter)  # per epoch
         if self.steps == 0:
             raise UserError(f"a batch of {args.batch_size} x {args.accum_iter} images is larger than the "
@@ -131,11 +135,10 @@ class Run:
         self.epoch_seconds = self.seconds = 0.0         # this epoch's training; all epochs with evaluation
 
     def state_dict(self):
-        backbone = {"arch": f"cifar/{self.args.arch}", "patch_size": None, "image_size": self.augment.size,
-                    "mean": list(CIFAR_MEAN), "std": list(CIFAR_STD)}  # for the evaluation scripts
-        return {"student": self.model.state_dict(), "backbone": backbone, "loss": self.criterion.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "epoch": self.epoch, "step": self.step,
-                "sums": self.sums, "epoch_seconds": self.epoch_seconds, "seconds": self.seconds,
+        return {"student": self.model.state_dict(), "backbone": self.description._asdict(),
+                "loss": self.criterion.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "epoch": self.epoch, "step": self.step, "sums": self.sums,
+                "epoch_seconds": self.epoch_seconds, "seconds": self.seconds,
                 "data": self.data_checksum, "args": utils.plain(self.args)}
 
     def load_state_dict(self, state, path):
@@ -169,10 +172,10 @@ def train_one_epoch(run, save, interruption):
         generator.manual_seed(utils.stream_seed(args.seed, run.epoch, step))
         run.optimizer.zero_grad()
         for _ in range(args.accum_iter):
-            images = run.data.train[next(batches)].to(run.device, non_blocking=True)  # uint8 [B, 3, S, S]
-            views = run.augment(images, generator, args.views)                        # V of [B, 3, S, S]
+            images = utils.send(run.data.train[next(batches)], run.device)     # uint8 [B, 3, S, S]
+            views = run.augment(images, generator, args.views)                 # V of [B, 3, S, S]
             with utils.autocast(run.device, run.amp_dtype):
-                loss = run.criterion(*run.network(views))                             # [V, B, D] -> scalar
+                loss = run.criterion(*run.network(views))                      # [V, B, D] -> scalar
             (loss / args.accum_iter).backward()               # network, a, b descend; alpha ascends
             run.sums += torch.stack([loss.detach(), *run.criterion.means]) / args.accum_iter
         run.optimizer.step()
@@ -277,6 +280,8 @@ def train(args, data: ImageData | None = None, criterion: torch.nn.Module | None
         run = Run(args, data, criterion)
         if state:
             run.load_state_dict(state, checkpoint)
+        elif args.init_weights:
+            init_backbones([run.model.backbone], args.init_weights, run.description)
         if run.epoch < args.epochs:
             print(describe(run), flush=True)
             log = utils.RunLog(folder, (run.epoch, run.step), table=f"{folder.name}_statistics.csv")

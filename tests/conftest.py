@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("TEST_GPU", "")  # for test_device.py alone
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: more threads get in the way
     os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
     torch.set_num_threads(1)

@@ -1,7 +1,6 @@
 """Runs scripts in forked processes; a signal hits one at the n-th call of a function, an instant chosen."""
 import importlib
 import os
-import resource
 import signal
 import socket
 import sys
@@ -20,21 +19,25 @@ PATIENCE = 90                                   # seconds before a process that 
 
 
 def run(arguments: list[str], folder: Path, point: str | None = None, count: int = 0, name: str = "KILL",
-        script=None) -> SimpleNamespace:
+        script=None, code: int | None = None) -> SimpleNamespace:
     """`script.main(arguments)`, by default cifar/main.py's, as its users start it: returncode (negative for a
-    signal), stdout and stderr, which are also files of `folder`.
+    signal), stdout and stderr, which are also files of `folder`. code: the returncode that is asserted.
 
     point: a key of POINTS, at whose `count`-th call SIG`name` goes to the process and its workers, as
-    from a terminal or launcher; or "disk": no file can grow beyond `count` bytes.
+        from a terminal or launcher.
     """
     script = script or importlib.import_module("cifar.main")
-    return _wait(_start(arguments, folder, point, count, name, script, {}))
+    result = _wait(_start(arguments, folder, point, count, name, script, {}))
+    assert code in (None, result.returncode), result
+    return result
 
 
 def run_ranks(arguments, folder: Path, script, world: int = 2, victim: int = 0, point: str | None = None,
-              count: int = 0, name: str = "KILL", variables=("RANK", "WORLD_SIZE", "LOCAL_RANK")) -> list:
+              count: int = 0, name: str = "KILL", variables=("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+              codes: tuple | None = None) -> list:
     """The script in `world` processes that meet as a launcher's do, by the environment `variables` for rank,
-    number of ranks and rank on this host; `point` concerns rank `victim`. `arguments`: also by rank."""
+    number of ranks and rank on this host; `point` concerns rank `victim`. `arguments`: also by rank.
+    codes: the returncodes that are asserted."""
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     started = []
     for rank in range(world):
@@ -43,7 +46,9 @@ def run_ranks(arguments, folder: Path, script, world: int = 2, victim: int = 0, 
         values = dict(zip(variables, (str(rank), str(world), str(rank))))
         at = point if rank == victim else None
         started.append(_start(given, place, at, count, name, script, meeting | values))
-    return [_wait(process) for process in started]
+    results = [_wait(process) for process in started]
+    assert codes in (None, tuple(result.returncode for result in results)), results
+    return results
 
 
 def free_port() -> int:
@@ -80,9 +85,7 @@ def _become_script(arguments, files, point, count, name, script):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
             setattr(sys, stream, open(descriptor, "w", buffering=1, closefd=False))
         torch.set_num_threads(1)  # the parent's threads are not here
-        if point == "disk":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
-        elif point:
+        if point:
             _arm(point, count, name)
         utils.run_script(lambda: script.main(arguments))
         code = 0

@@ -1,6 +1,9 @@
 """Joining a process group by the variables of launchers, and what ranks tell one another (gloo, forked)."""
+import contextlib
 import os
+import re
 import signal
+import socket
 import time
 from datetime import timedelta
 from types import SimpleNamespace
@@ -10,8 +13,7 @@ import interrupt
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import run_ranks
-from utils import UserError
+from conftest import refusal, run_ranks
 
 MEETING = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
@@ -36,8 +38,7 @@ def test_impossible_variables_are_refused_at_once(environment, monkeypatch, valu
             raise OSError("Name or service not known")
     monkeypatch.setattr(distributed.socket, "getaddrinfo", resolve)  # without asking a name server
     environment(**values)
-    with pytest.raises(UserError, match=message):
-        distributed.init_distributed("cpu")
+    assert re.search(message, refusal(distributed.init_distributed, "cpu"))
 
 
 @pytest.mark.parametrize("url, message", [
@@ -45,38 +46,59 @@ def test_impossible_variables_are_refused_at_once(environment, monkeypatch, valu
     ("tcp://localhost:99999", "do not meet at tcp://localhost:99999")])
 def test_rendezvous_that_cannot_be(environment, url, message):
     environment(WORLD_SIZE="2", RANK="0")
-    with pytest.raises(UserError, match=message):
-        distributed.init_distributed("cpu", url)
+    assert message in refusal(distributed.init_distributed, "cpu", url)
 
 
 def test_a_rank_that_waits_says_so(environment, monkeypatch, capfd, tmp_path):
     environment(WORLD_SIZE="2", RANK="0")
     monkeypatch.setattr(distributed, "PATIENCE", 0.1)
     monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=0.5))
-    with pytest.raises(UserError, match="the 2 processes do not meet at file:///.*/meet: "):
-        distributed.init_distributed("cpu", f"file://{tmp_path}/meet")
+    url = f"file://{tmp_path}/meet"
+    assert f"the 2 processes do not meet at {url}: " in refusal(distributed.init_distributed, "cpu", url)
     assert capfd.readouterr().err.startswith("rank 0 still waits for the other ranks of 2 at file:///")
 
 
 def test_the_device_of_a_process(environment, monkeypatch):
-    chosen = []
+    chosen, init = [], distributed.init_distributed
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(device.index))
     monkeypatch.setattr(distributed, "_join", lambda url, rank, world, device: None)
     environment()
-    assert distributed.init_distributed("cuda:1") == torch.device("cuda:1") and chosen == [1]
-    assert distributed.init_distributed("auto") == torch.device("cuda") and chosen == [1]  # the current one
-    assert distributed.init_distributed("cpu") == torch.device("cpu")
+    names = "cuda:1", "auto", "cpu"                                     # auto: the current one
+    assert [str(init(name)) for name in names] == ["cuda:1", "cuda", "cpu"] and chosen == [1]
     environment(WORLD_SIZE="8", RANK="6", LOCAL_RANK="2", LOCAL_WORLD_SIZE="4")
-    assert distributed.init_distributed("auto") == torch.device("cuda:2") and chosen == [1, 2]
-    with pytest.raises(UserError, match="--device cuda:1 is one device for 8 processes"):
-        distributed.init_distributed("cuda:1")
+    assert str(init("auto")) == "cuda:2" and chosen == [1, 2]
+    assert "--device cuda:1 is one device for 8 processes" in refusal(init, "cuda:1")
     environment(WORLD_SIZE="8", RANK="6", LOCAL_RANK="6", LOCAL_WORLD_SIZE="8")
-    with pytest.raises(UserError, match="8 processes were started on this host, which has 4 GPUs"):
-        distributed.init_distributed("cuda")
+    assert "8 processes were started on this host, which has 4 GPUs" in refusal(init, "cuda")
+    environment(SLURM_PROCID="8", SLURM_NTASKS="16", SLURM_STEP_TASKS_PER_NODE="8(x2)", SLURM_NODEID="1")
+    assert "8 processes were started on this host, which has 4 GPUs" in refusal(init, "cuda")
+    environment(WORLD_SIZE="8", RANK="6", LOCAL_RANK="6", LOCAL_WORLD_SIZE="8")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # Slurm may show each task its own
-    assert distributed.init_distributed("cuda") == torch.device("cuda:0") and chosen == [1, 2, 0]
+    assert str(init("cuda")) == "cuda:0" and chosen == [1, 2, 0]
+
+
+@pytest.mark.parametrize("other, address, interface, refused", [
+    ("far", "127.0.1.1", "", True), ("far", None, "", True), ("far", "127.0.1.1", "eth0", False),
+    ("far", "10.0.0.1", "", False), ("here", "127.0.1.1", "", False)])
+def test_a_host_that_others_cannot_reach(environment, monkeypatch, other, address, interface, refused):
+    def resolve(host, port):
+        if address is None:
+            raise OSError("Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))]
+    environment(GLOO_SOCKET_IFNAME=interface)
+    monkeypatch.setattr(distributed.socket, "gethostname", lambda: "here")
+    monkeypatch.setattr(distributed.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(distributed.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0"), (3, "ib0")])
+    store = dist.HashStore()
+    store.set("host of rank 2", other)
+    if refused:
+        assert re.search(r"cannot reach here: .* 127.0.*GLOO_SOCKET_IFNAME.* eth0, ib0$",
+                         refusal(distributed._check_address, store, 0, 3))
+    else:
+        distributed._check_address(store, 0, 3)
+    assert store.get("host of rank 0") == b"here"
 
 
 TASK = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
@@ -116,11 +138,6 @@ def test_shares_sums_and_gathers(world):
         assert same and other == (world == 1)
 
 
-def test_alone_there_is_no_group():
-    distributed.leave()
-    assert distributed.world_size() == 1 and distributed.rank() == 0
-
-
 def script(main):
     return SimpleNamespace(main=lambda arguments: main())
 
@@ -139,8 +156,8 @@ def test_ranks_meet_again_in_a_store_that_outlives_them(tmp_path, monkeypatch):
     monkeypatch.setenv("STORE", str(store.port))
     for attempt, code in (("0", -signal.SIGKILL), ("1", 0)):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        results = interrupt.run_ranks([], tmp_path, script(main))
-        assert [(result.returncode, result.stdout) for result in results] == [(code, "[2.0]\n")] * 2, results
+        results = interrupt.run_ranks([], tmp_path, script(main), codes=(code, code))
+        assert [result.stdout for result in results] == ["[2.0]\n"] * 2
 
 
 def test_a_killed_rank_ends_the_others_within_seconds(tmp_path):
@@ -151,6 +168,22 @@ def test_a_killed_rank_ends_the_others_within_seconds(tmp_path):
             if distributed.rank() == 1 and step == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
-    first, second = interrupt.run_ranks([], tmp_path, script(main))
-    assert (first.returncode, second.returncode) == (1, -signal.SIGKILL) and time.monotonic() - started < 20
+    first, _ = interrupt.run_ranks([], tmp_path, script(main), codes=(1, -signal.SIGKILL))
+    assert time.monotonic() - started < 20
     assert first.stderr.startswith("error: rank 0: lost contact") and first.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux")
+def test_connections_between_hosts_are_probed(tmp_path):
+    def main():
+        distributed.init_distributed("cpu")
+        for entry in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # no socket, or not connected
+                connection = socket.socket(fileno=os.dup(int(entry)))
+                if connection.family != socket.AF_UNIX and connection.getpeername():
+                    print(connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+                          connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+        distributed.leave()
+    for result in interrupt.run_ranks([], tmp_path, script(main), codes=(0, 0)):
+        probed = result.stdout.splitlines()  # of the store's connection and gloo's
+        assert len(probed) > 1 and set(probed) == {"1 30000"}, result

@@ -94,7 +94,7 @@ def objective(weight, logits, labels, l2):
 def test_logistic_regression_is_scikit_learns(scale, l2):
     x, y = clusters(120, 10, 3, 1)
     head, deviation = head_of(slice(0, 10), 3), x.var(0, correction=0).mean().sqrt()
-    fit_logistic(head.float(), x * scale, y, l2)
+    fit_logistic(head, x * scale, y, l2)
     logits = head.double()(x.double() * scale).detach()
     x = ((x - x.mean(0)) / deviation).double()
     model = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-8, max_iter=5000).fit(x, y)
@@ -113,7 +113,7 @@ LABELS = torch.tensor(np.random.default_rng(0).permutation([0] * 200 + [1] * 50 
 @pytest.mark.parametrize("shots, fraction, counts", [
     (None, None, [200, 50, 3]), (3, None, [3, 3, 3]), (None, 0.1, [20, 5, 1]), (None, 0.01, [2, 1, 1])])
 def test_subsets_are_balanced_and_seeded(shots, fraction, counts):
-    rows, again, other = (eval_linear.choose_subset(LABELS, shots, fraction, seed) for seed in (0, 0, 1))
+    rows, again, other = (data.choose_subset(LABELS, shots, fraction, seed) for seed in (0, 0, 1))
     assert LABELS[rows].bincount().tolist() == counts and len(rows.unique()) == len(rows)
     assert torch.equal(rows, again) and (len(rows) == len(LABELS) or not torch.equal(rows, other))
     fit, held = eval_linear.hold_out(LABELS, seed=0)  # a tenth of every class
@@ -140,12 +140,12 @@ def test_batches_hold_every_image_once_over_ranks(count, size, world, steps, mon
 
 def test_labels_and_classes_must_agree():
     train, test = Rows(*clusters(10, 4, 5, 0)), Rows(*clusters(12, 4, 6, 0))
-    message = refusal(eval_linear.count_labels, None, train, test)
+    message = refusal(data.count_labels, None, train, test)
     assert "labels from 0 to 5 contradict the 5 classes" in message
     train.classes = None
-    assert eval_linear.count_labels(None, train, test) == 6 and eval_linear.count_labels(9, train, test) == 9
+    assert data.count_labels(None, train, test) == 6 and data.count_labels(9, train, test) == 9
     test.targets[0] = -1  # how some publish a secret label
-    assert "labels from -1" in refusal(eval_linear.count_labels, None, train, test)
+    assert "labels from -1" in refusal(data.count_labels, None, train, test)
 
 
 # ------------------------------------------------------------------------ the script, on features for images

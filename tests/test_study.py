@@ -277,8 +277,9 @@ def test_bias_writes_the_rows_that_its_table_lacks(images, tmp_path, monkeypatch
     monkeypatch.setattr(bias, "measure", lambda *args: measured.append(args[2]) or measure(*args))
 
     def rows(*sizes):
-        bias.main([str(tmp_path / "c.pth"), "--images", "16", "--cuts", "1", "--draws", "2", "--losses",
-                   "AUC-CL", "--device", "cpu", "--output", str(tmp_path / "bias.csv"), "--batch_sizes", *sizes])
+        bias.main([str(tmp_path / "c.pth"), "--images", "16", "--cuts", "1", "--draws", "2",
+                   "--losses", "AUC-CL", "--device", "cpu", "--output", str(tmp_path / "bias.csv"),
+                   "--batch_sizes", *sizes])
         return read_table(tmp_path / "bias.csv")
     assert [row["batch_size"] for row in rows("16")] == ["16"]
     whole, small = rows("4", "16")
@@ -318,6 +319,26 @@ def test_batch_size_draws_means_over_seeds_and_their_range():
 def test_convergence_draws_accuracy_by_epoch_and_second():
     left, right = pictures.draw_convergence([row("AUC-CL", epoch) for epoch in (-1, 0, 1)]).axes
     assert drawn(left) == {"AUC-CL": ([0, 1, 2], [29, 30, 31])} and drawn(right)["AUC-CL"][0] == [-9, 0, 9]
+
+
+def test_seeds_are_drawn_as_their_mean_and_range():
+    rows = [row(f"{name} s{seed}", epoch, linear=40 + seed if epoch == 1 else None)
+            for name in ("AUC-CL hard", "DCL") for seed in (0, 2) for epoch in (-1, 0, 1)]
+    left, right = pictures.draw_seeds(rows).axes
+    assert drawn(left) == {name: ([1, 2], [30, 31]) for name in ("AUC-CL hard", "DCL")}
+    assert [label.get_text() for label in right.get_yticklabels()] == ["AUC-CL hard", "DCL"]
+    assert [[*map(float, line.get_xdata())] for line in right.lines[:4]] == [[31, 31], [31], [40, 42], [41]]
+
+
+def test_views_are_drawn_by_what_is_equal():
+    runs = [(2, 256, 20, 50), (4, 128, 10, 51), (8, 64, 5, 52), (8, 256, 5, 53), (4, 256, 5, 54),
+            (2, 256, 5, 55), (4, 128, 5, 56)]
+    rows = [row(f"AUC-CL hard V{v} b{size} e{epochs} s0", views=v, batch_size=size, epochs=epochs,
+                linear=linear) for v, size, epochs, linear in runs]
+    axis = pictures.draw_views(rows).axes[1]
+    assert drawn(axis) == {"AUC-CL hard, equal views seen": ([2, 4, 8], [50, 51, 52]),
+                           "AUC-CL hard, equal epochs and views a step": ([2, 4, 8], [55, 56, 52]),
+                           "AUC-CL hard, equal epochs and images a step": ([2, 4, 8], [55, 54, 53])}
 
 
 def test_all_images_draws_the_best_run_at_the_top():

@@ -334,9 +334,3 @@ def test_a_full_disk_is_one_line_in_the_log_and_in_tensorboard(tmp_path, monkeyp
     monkeypatch.setattr(owner, name, raises(FULL))
     line = refusal(log.write, {"epoch": 0, "x": 1.0})
     assert line.startswith(f"cannot write to {tmp_path}: No space left on device")
-
-
-def test_progress_is_quiet_in_a_file_and_a_bar_on_a_terminal(capsys):
-    for quiet in (True, False):
-        assert list(utils.progress(range(2, 6), 2, 6, "epoch 1/2", quiet)) == [2, 3, 4, 5]
-        assert ("epoch 1/2:  33%" in capsys.readouterr().err) != quiet

@@ -1,0 +1,84 @@
+"""The README's Python lines, run as they stand on a checkpoint of main.py."""
+import importlib.util
+import inspect
+import json
+import re
+
+import main
+import pretrained
+import pytest
+import timm
+import torch
+import utils
+from conftest import ROOT
+from data import eval_transform
+from PIL import Image
+
+SECTION = re.search(r"\n## Use in Python, export\n.*?```python\n(.*?)```(.*?)\n## ",
+                    (ROOT / "README.md").read_text(), re.DOTALL)
+ONNX = all(map(importlib.util.find_spec, ("onnx", "onnxscript")))
+
+
+@pytest.fixture(scope="module")
+def ran(images, tmp_path_factory):
+    """The names that the README's lines define, and the folder they ran in."""
+    folder = tmp_path_factory.mktemp("readme")
+    run = main.Run(main.parse_args([
+        "--arch", "vit_tiny", "--local_crops_number", "0", "--out_dim", "16", "--batch_size_per_gpu", "2",
+        "--device", "cpu", "--data_path", str(images / "train"), "--output_dir", str(folder / "OUT")]),
+        torch.device("cpu"))
+    (folder / "OUT").mkdir()
+    utils.save_checkpoint(run.state_dict(), folder / "OUT" / "checkpoint.pth")
+    pretrained.export_backbone(run.eval_backbone, run.description, folder / "OUT" / "backbone.safetensors")
+    Image.radial_gradient("L").resize((300, 260)).save(folder / "photo.jpg")
+    lines = SECTION[1].splitlines()
+    code = "\n".join(line for line in lines if ONNX or not line.startswith("torch.onnx"))
+    names = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(code, names)
+    return names, folder, run.eval_backbone.eval()
+
+
+@pytest.fixture
+def batch():
+    """More images than the example has."""
+    return torch.randn(3, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_embedding_is_the_networks(ran):
+    names, folder, backbone = ran
+    transform = eval_transform(224, main.IMAGENET_MEAN, main.IMAGENET_STD)
+    image = transform(Image.open(folder / "photo.jpg").convert("RGB"))
+    with torch.no_grad():
+        torch.testing.assert_close(names["embedding"], backbone(image[None]))
+    assert names["embedding"].shape == (1, 192)
+
+
+def test_timm_and_torch_export_give_the_same_outputs(ran, batch):
+    names, folder, backbone = ran
+    with torch.no_grad():
+        expected = backbone(batch)
+        torch.testing.assert_close(names["model"].eval()(batch), expected)
+    program = torch.export.load(folder / "OUT" / "backbone.pt2")
+    torch.testing.assert_close(program.module()(batch), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not ONNX, reason="onnx and onnxscript are optional")
+def test_onnx_gives_the_same_outputs(ran, batch):
+    from onnx.reference import ReferenceEvaluator
+    _, folder, backbone = ran
+    evaluator = ReferenceEvaluator(str(folder / "OUT" / "backbone.onnx"))
+    name, = evaluator.input_names
+    outputs, = evaluator.run(None, {name: batch.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(outputs), backbone(batch), rtol=1e-3, atol=1e-3)
+
+
+def test_what_would_be_published_tells_how_images_are_normalised(ran, tmp_path):
+    names, *_ = ran
+    inspect.signature(timm.models.push_to_hf_hub).bind(names["model"], "YOU/NAME")  # called so in the README
+    assert 'timm.models.push_to_hf_hub(model, "YOU/NAME")' in SECTION[2]
+    timm.models.save_for_hf(names["model"], tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+    assert tuple(told["mean"]) == main.IMAGENET_MEAN and tuple(told["std"]) == main.IMAGENET_STD

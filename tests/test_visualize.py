@@ -1,0 +1,159 @@
+"""visualize.py: the values behind its pictures, and the pictures' parts."""
+import numpy as np
+import pytest
+import torch
+import visualize
+from PIL import Image
+from pretrained import load_backbone
+from utils import UserError
+from vision_transformer import build_backbone
+
+COMMON = ["--random_weights", "--device", "cpu", "--num_workers", "0"]
+VIT = ["--arch", "vit_tiny", "--patch_size", "8", "--image_size", "32"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three images; the third is a copy of the first."""
+    folder = tmp_path_factory.mktemp("photos")
+    for index, seed in enumerate((0, 1, 0)):
+        pixels = np.random.default_rng(seed).integers(0, 256, (40, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    return [str(folder / f"{index}.png") for index in range(3)]
+
+
+@pytest.fixture
+def grids(monkeypatch):
+    """The arguments of image_grid, call by call."""
+    calls, draw = [], visualize.image_grid
+    monkeypatch.setattr(visualize, "image_grid", lambda *args: (calls.append(args), draw(*args))[1])
+    return calls
+
+
+def refused(*argv):
+    with pytest.raises(UserError) as error:
+        visualize.main([*argv, *COMMON])
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("arch, prefix", [("vit_tiny", 1), ("timm/vit_tiny_patch16_224", 1),
+                                          ("timm/deit_tiny_distilled_patch16_224", 2)])
+def test_attention_of_our_and_timms_vits(arch, prefix):
+    torch.manual_seed(0)
+    backbone = build_backbone(arch, image_size=48).eval()
+    images = torch.randn(2, 3, 48, 48)
+    before = backbone(images)
+    attention = visualize.last_attention(backbone, images)
+    assert attention.shape == (2, 3, prefix + 9, prefix + 9)
+    torch.testing.assert_close(attention.sum(-1), torch.ones(2, 3, prefix + 9))
+    block, tokens = backbone.blocks[-1], []
+    hook = block.register_forward_pre_hook(lambda module, inputs: tokens.append(inputs[0]))
+    torch.testing.assert_close(backbone(images), before, rtol=0, atol=0)    # nothing is left changed
+    hook.remove()
+    q, k, _ = block.attn.qkv(block.norm1(tokens[0])).chunk(3, -1)
+    for head in range(3):
+        part = slice(64 * head, 64 * (head + 1))
+        scores = (q[..., part] @ k[..., part].mT / 8).softmax(-1)
+        torch.testing.assert_close(attention[:, head], scores, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "cifar/tiny", "timm/efficientnet_b0"])
+def test_networks_without_attention_say_so(arch):
+    with pytest.raises(UserError, match="no attention of a class token over patches, which only ViTs have"):
+        visualize.last_attention(build_backbone(arch).eval(), torch.zeros(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("arch, shape", [
+    ("vit_tiny", (4, 4, 192)), ("resnet18", (2, 2, 512)), ("cifar/tiny", (8, 8, 64)),
+    ("timm/resnet18", (2, 2, 512)), ("timm/swin_tiny_patch4_window7_224", (2, 2, 768))])
+def test_patch_features_of_any_network(arch, shape):
+    torch.manual_seed(0)
+    backbone = build_backbone(arch, image_size=64).eval()
+    images = torch.randn(2, 3, 64, 64)
+    features = visualize.patch_features(backbone, images)
+    assert features.shape == (2, *shape)
+    if arch == "vit_tiny":
+        expected, = backbone.get_intermediate_layers(images, norm=True)
+        torch.testing.assert_close(features.flatten(1, 2), expected)
+    else:                                                              # whose mean is the feature
+        torch.testing.assert_close(features.mean((1, 2)), backbone(images), rtol=1e-4, atol=1e-5)
+
+
+def test_principal_components_with_fixed_signs():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(50, 6, generator=generator) * torch.tensor([1, 5, 3, 0.1, 2, 1]) + 7
+    points, shares = visualize.principal_components(rows, 3)
+    centred = rows.double().numpy() - rows.double().numpy().mean(0)
+    u, s, vectors = np.linalg.svd(centred, full_matrices=False)
+    signs = [np.sign(vector[np.abs(vector).argmax()]) for vector in vectors[:3]]
+    np.testing.assert_allclose(points, u[:, :3] * s[:3] * signs, atol=1e-9)
+    np.testing.assert_allclose(shares, s[:3] ** 2 / (s ** 2).sum(), atol=1e-12)
+    line = torch.linspace(-1, 1, 9)[:, None]
+    for direction in ([0.0, 3, -1], [0.0, -3, 1]):                     # both are the line's component
+        points, shares = visualize.principal_components(line * torch.tensor(direction), 1)
+        assert (points[-1] > points[0]).item() == (direction[1] > 0) and shares[0] == pytest.approx(1)
+
+
+def test_attention_picture(photos, tmp_path, grids):
+    output = tmp_path / "new" / "a.png"
+    visualize.main(["attention", "--images", *photos, *VIT, *COMMON, "--output", str(output)])
+    (rows, title), = grids
+    assert "vit_tiny, images of 32 pixels" in title and [row[0][1] for row in rows] == ["0", "1", "2"]
+    torch.manual_seed(0)
+    backbone, _ = load_backbone(None, None, "vit_tiny", 8, 32, random_weights=True)
+    mean, std = (torch.tensor(x) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    for (seen, _), *maps in rows:                                      # the image as the network sees it
+        image = ((seen - mean) / std).movedim(-1, 0)[None]
+        attention = visualize.last_attention(backbone, image)[0, :, 0, 1:]
+        expected = 100 * torch.cat([attention.mean(0, keepdim=True), attention]).unflatten(1, (4, 4))
+        found = torch.stack([values for values, _ in maps])
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        assert [label.split(":")[0] for _, label in maps] == ["mean", "head 1", "head 2", "head 3"]
+        low, high = expected[1].min(), expected[1].max()
+        assert maps[1][1].endswith(f"{low:.2g} to {high:.2g} %")
+    with Image.open(output) as picture:
+        assert picture.format == "PNG" and picture.width > 700 and picture.height > 500
+
+
+def test_patches_picture_shares_its_components(photos, tmp_path, monkeypatch, grids):
+    monkeypatch.chdir(tmp_path)
+    visualize.main(["patches", "--images", *photos, *VIT, "--resolution", "64", *COMMON])
+    assert (tmp_path / "patches.png").stat().st_size > 1000
+    (seen, colours), title = grids[0]
+    colours = torch.stack([colour for colour, _ in colours])
+    assert colours.shape == (3, 8, 8, 3) and len(seen) == 3 and "% of their variance" in title
+    assert torch.equal(colours[0], colours[2]) and not torch.allclose(colours[0], colours[1])
+    assert colours.flatten(0, 2).amin(0).tolist() == [0, 0, 0] and colours.amax() == 1
+    visualize.main(["patches", "--images", photos[0], "--arch", "resnet18", *COMMON])
+    assert grids[1][0][1][0][0].shape == (7, 7, 3)
+
+
+@pytest.mark.parametrize("method", ("pca", "tsne"))
+def test_map_colours_every_class(images, tmp_path, monkeypatch, method):
+    figures, draw = [], visualize.map_picture
+    monkeypatch.setattr(visualize, "map_picture", lambda *args: figures.append(draw(*args)) or figures[-1])
+    output = tmp_path / "map.png"
+    visualize.main(["map", "--data_path", str(images / "train"), "--images_per_class", "6", "--method",
+                    method, "--arch", "cifar/tiny", *COMMON, "--output", str(output)])
+    axis, = figures[0].axes
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["cat", "dog", "owl"]
+    assert [len(dots.get_offsets()) for dots in axis.collections] == [6, 6, 6]
+    assert len({tuple(dots.get_facecolor()[0]) for dots in axis.collections}) == 3
+    title = {"pca": "PCA", "tsne": "t-SNE"}[method]
+    assert axis.get_title() == f"{title} of the features of 18 images of 3 classes (cifar/tiny)"
+    assert axis.get_xlabel().startswith("component 1 (") == (method == "pca")
+    assert output.stat().st_size > 1000
+
+
+def test_mistakes_are_one_line(photos, tmp_path):
+    assert "--images is missing" in refused("attention", *VIT)
+    assert "--images cannot be used with map" in refused("map", "--images", *photos)
+    assert "--method cannot be used with patches" in refused("patches", "--images", "x", "--method", "pca")
+    assert "--data_path is missing" in refused("map", *VIT)
+    assert "--resolution 30 is no multiple of the patch size 8" in refused(
+        "patches", "--images", *photos, *VIT, "--resolution", "30")
+    assert "only ViTs have; draw patches or map" in refused(
+        "attention", "--images", *photos, "--arch", "cifar/tiny")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    assert "bad.png" in refused("patches", "--images", str(tmp_path / "bad.png"), *VIT)
