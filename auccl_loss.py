@@ -22,7 +22,7 @@ Wen, Lyu; NeurIPS 2016). (1) needs the first two moments of the cosine over pair
 
 So the objective over all pairs costs O(n D^2) time and O(D^2) memory without an n x n matrix, and one
 all-reduce over ranks. Where D is the larger, matrices of cosines are taken, over ranks from gathered rows.
-Every rank holds the whole objective: DistributedDataParallel's mean over ranks is its gradient.
+Every rank holds the whole objective, whose gradient is DistributedDataParallel's mean over ranks.
 
 With a temperature T, the margin term faces the hardest negatives (partial AUC) instead of their mean E-[h]:
 
@@ -51,7 +51,7 @@ if dist.is_available():
 
 SCORES = {"cosine": (1.0, 0.0), "unit": (0.5, 0.5)}  # name -> (s, t) of the score h = s cos + t
 WEIGHTS = ("a", "b", "alpha")
-GRAM_WIDTH = 512  # up to this D (1 MB) ranks exchange Gram matrices, beyond it rows
+GRAM_WIDTH, GRAM_WIDTH_PER_RANK = 512, 16  # up to this D ranks exchange Gram matrices, beyond it rows
 BLOCK = 1024      # views within which (2) takes its pairs
 DECAY = 0.9       # of the moving average u, per call
 MAX_EXCESS = 10   # of a batch's log-mean-exp over u; beyond it u jumps, lest exp(h / T - u) overflow
@@ -109,15 +109,14 @@ def symmetric_moments(*views: Tensor, gather: bool = True, gram: bool | None = N
         gather: take the pairs over the images of all ranks (when a process group is up), not of this one.
         gram: by D x D Gram matrices, or by matrices of cosines; None takes the cheaper.
     """
-    n, v = len(views[0]), len(views)
+    n, v, z = len(views[0]), len(views), torch.cat(views)  # z: [V n, D]
     positives = torch.cat([(x * y).sum(1) for x, y in itertools.combinations(views, 2)])
     own = torch.stack([positives.sum(), positives @ positives])  # [2]
-    if _takes_gram(v * n, views[0].shape[1], gather, gram):
-        count, own, total, square = _sum_over_ranks(n, own, *_Sums.apply(*views), gather=gather)
+    if _takes_gram(*z.shape, gather, gram):
+        count, own, total, square = _sum_over_ranks(n, own, *_Sums.apply(z), gather=gather)
         pairs = torch.stack([total @ total, square.flatten() @ square.flatten()])
         selves = square.detach().trace()  # sum of |z_i|^2
     else:
-        z = torch.cat(views)  # [V n, D]
         cosines = z @ _gather_rows(z, gather).T  # [V n, V count]
         pairs = torch.stack([cosines.sum(), cosines.square().sum()])
         selves = z.detach().square().sum()
@@ -140,21 +139,21 @@ def teacher_student_moments(teacher: Tensor, student: Tensor, gather: bool = Tru
     """
     (u, n, dim), v = teacher.shape, len(student)
     teacher = teacher.detach()
-    other = 1 - torch.eye(u, v, dtype=teacher.dtype, device=teacher.device)  # [U, V]: 0 for the same view
-    positives = torch.einsum("und,vnd->uvn", teacher, student) * other[..., None]  # [U, V, n]
+    other = 1 - torch.eye(u, v + 1, dtype=teacher.dtype, device=teacher.device)  # 0 for the same view
+    positives = torch.einsum("und,vnd->uvn", teacher, student) * other[:, :v, None]  # [U, V, n]
     own = torch.stack([positives.sum(), positives.square().sum()])
 
     if _takes_gram(u * v / (u + v) * n, dim, gather, gram):
-        views = [[x] for x in student[:u]] + [student[u:].unbind()] * (v > u)  # last: the student's alone
-        sums, grams = map(torch.stack, zip(*(_Sums.apply(*x) for x in views)))  # [U + 1, D], [U + 1, D, D]
-        count, own, t_sums, t_grams, s_sums, s_grams = _sum_over_ranks(
+        views = student.tensor_split(tuple(range(1, u + 1)))  # the global views, then all others together
+        sums, grams = map(torch.stack, zip(*(_Sums.apply(x.flatten(0, 1)) for x in views)))
+        count, own, t_sums, t_grams, s_sums, s_grams = _sum_over_ranks(  # [U, D], [U, D, D]; U + 1 of each
             n, own, teacher.sum(1), teacher.mT @ teacher, sums, grams, gather=gather)
-        other = other[:, :len(views)]
+        other = other[:, :u + 1]
         pairs = torch.stack([(other * (t_sums @ s_sums.T)).sum(),
                              (other * (t_grams.flatten(1) @ s_grams.flatten(1).T)).sum()])
     else:
         cosines = torch.einsum("uid,vjd->uvij", _gather_rows(teacher, gather), student)
-        cosines = cosines * other[..., None, None]
+        cosines = cosines * other[:, :v, None, None]
         pairs = torch.stack([cosines.sum(), cosines.square().sum()])
         count, own, pairs = _sum_over_ranks(n, own, pairs, gather=gather)
 
@@ -232,15 +231,12 @@ class _UnitRows(torch.autograd.Function):
 
 
 class _Sums(torch.autograd.Function):
-    """Views x [n, D] -> the sums over all views and rows of x_i, [D], and of x_i x_i^T, [D, D]. The gradient
-    takes one product with x, autograd's two."""
+    """Rows x [N, D] -> the sums of x_i, [D], and of x_i x_i^T, [D, D]. The gradient takes one product with x,
+    autograd's two."""
 
     @staticmethod
-    def forward(*views):
-        total, gram = views[0].sum(0), views[0].T @ views[0]
-        for x in views[1:]:
-            total, gram = total + x.sum(0), torch.addmm(gram, x.T, x)
-        return total, gram
+    def forward(x):
+        return x.sum(0), x.T @ x
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -249,8 +245,7 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     @exact_products()
     def backward(ctx, grad_sum, grad_gram):
-        grad_gram = grad_gram + grad_gram.T
-        return tuple(torch.addmm(grad_sum, x, grad_gram) for x in ctx.saved_tensors)
+        return torch.addmm(grad_sum, *ctx.saved_tensors, grad_gram + grad_gram.T)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -266,14 +261,9 @@ def _check_views(views, dims: int, world: int = 1) -> None:
     if len(views) < 2:
         raise ValueError(f"positive pairs need at least two views, got {len(views)}")
     first, second = views[:2]
-    for x in views:
-        if not x.is_floating_point():
-            raise ValueError(f"embeddings must be floating point, got {x.dtype}")
-        if x.dim() != dims:
-            raise ValueError(f"embeddings must be {'[n, D]' if dims == 2 else '[views, n, D]'}, "
-                             f"got shape {list(x.shape)}")
-        if x.shape[-2:] != first.shape[-2:]:
-            raise ValueError(f"the branches differ in shape: {list(first.shape)} and {list(x.shape)}")
+    if not all(x.is_floating_point() and x.dim() == dims and x.shape[-2:] == first.shape[-2:] for x in views):
+        shape, got = "[n, D]" if dims == 2 else "[views, n, D]", [(x.dtype, list(x.shape)) for x in views]
+        raise ValueError(f"embeddings must be floating point {shape}, of one n and D, got {got}")
     if first.shape[-2] * world < 2 or first.shape[-2] == 0:
         raise ValueError(f"negative pairs need at least two images, got {first.shape[-2]}")
     if dims == 3 and not 0 < len(first) <= len(second) > 1:
@@ -315,9 +305,10 @@ def _gather_rows(x: Tensor, gather: bool) -> Tensor:
 
 def _takes_gram(rows: float, dim: int, gather: bool, gram: bool | None) -> bool:
     """Whether to take Gram matrices: as asked for, or the cheaper; over ranks the same choice on all."""
-    if gram is not None:
-        return gram
-    return rows > dim if _world_size(gather) == 1 else dim <= GRAM_WIDTH
+    if gram is None:
+        world = _world_size(gather)
+        gram = rows > dim if world == 1 else dim <= max(GRAM_WIDTH, GRAM_WIDTH_PER_RANK * world)
+    return gram
 
 
 # ----------------------------------------------------------------------------------------------- the modules
@@ -334,17 +325,17 @@ class AUCCLLoss(nn.Module):
         negative_weight: nu, weight of the negatives' spread; "sum" is the number of negatives per anchor.
         margin_negative_weight: kappa, weight of the negatives in the margin term; likewise. Keep it at 1 for
             a student that faces a teacher: with kappa = nu > 1, collapse to one negative cosine has loss 0.
-        temperature: T of (2); None is (1). Its buffer u is the log of a moving average of E-[exp(h / T)] over
-            earlier calls in training mode. That E- is over pairs within each rank, then over ranks.
+        temperature: T of (2); None is (1). The buffer u is the log of a moving average of E-[exp(h / T)] over
+            earlier calls in training mode; E- is over pairs within each rank, then over ranks.
         learn: which of a, b, alpha are learned; the others are held at their initial values.
         score: "cosine", h = cos, or "unit", h = (1 + cos) / 2.
         gather: negatives from all ranks when a process group is up; False keeps to this rank's, and averages
             the gradients of a, b, alpha over ranks.
 
     With nu and kappa independent of the batch, minibatch gradients are unbiased estimates of the population's
-    at any batch size: pair means are U-statistics. (Batch norm in training mode breaks this, as ever.)
-    Embeddings are normalised inside; moments are float32 at least, also under autocast. ValueError for fewer
-    than two images (with a temperature, on any rank) or views, mismatched shapes and non-floating input.
+    at any batch size: pair means are U-statistics. (Batch norm in training mode breaks this.) Embeddings are
+    normalised inside; moments are float32 at least, also under autocast. ValueError for fewer than two images
+    (with a temperature, on any rank) or views, mismatched shapes and non-floating input.
     """
 
     def __init__(self, a: float = 1.0, b: float = 0.0, alpha: float = 1.0, margin: float = 1.0,
@@ -352,17 +343,11 @@ class AUCCLLoss(nn.Module):
                  temperature: float | None = None, learn: tuple[str, ...] = WEIGHTS, score: str = "cosine",
                  gather: bool = True):
         super().__init__()
-        if unknown := sorted(set(learn) - set(WEIGHTS)):
-            raise ValueError(f"learn names {', '.join(unknown)}; it may hold {', '.join(WEIGHTS)}")
-        if score not in SCORES:
-            raise ValueError(f"unknown score {score!r}; choose from {', '.join(SCORES)}")
-        for value in (negative_weight, margin_negative_weight):
-            if value != "sum" and (isinstance(value, str) or not 0 < value < math.inf):
-                raise ValueError(f"negatives' weights must be positive numbers or 'sum', got {value!r}")
-        if temperature is not None and not 0 < temperature < math.inf:
-            raise ValueError(f"the temperature must be a positive number or None, got {temperature}")
-        if not all(map(math.isfinite, (a, b, alpha, margin))):
-            raise ValueError(f"a, b, alpha and margin must be finite, got {a}, {b}, {alpha}, {margin}")
+        if not {*learn} <= {*WEIGHTS} or score not in SCORES:
+            raise ValueError(f"learn may hold {WEIGHTS}, score is one of {[*SCORES]}; got {learn}, {score!r}")
+        for value in (negative_weight, margin_negative_weight, 1 if temperature is None else temperature):
+            if value != "sum" and not 0 < float(value) < math.inf:
+                raise ValueError(f"negatives' weights and the temperature must be positive, got {value}")
         for name, value in zip(WEIGHTS, (a, b, alpha)):
             setattr(self, name, nn.Parameter(torch.tensor(float(value)), requires_grad=name in learn))
         self.margin, self.score, self.gather, self.temperature = float(margin), score, gather, temperature
@@ -375,9 +360,11 @@ class AUCCLLoss(nn.Module):
 
     @staticmethod
     def preset(name: str, **overrides) -> "AUCCLLoss":
-        """The loss named `name` in PRESETS (else ValueError); `overrides` are arguments of that loss."""
+        """The loss named `name` in PRESETS; `overrides` are arguments of that loss."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
+        if name.startswith("released") and "alpha" in overrides.get("learn", ()):
+            raise ValueError(f"{name} is linear in alpha: it can only be held")
         return PRESETS[name](**overrides)
 
     @exact_products()
@@ -409,11 +396,6 @@ class AUCCLLoss(nn.Module):
         """Mean positive and negative score of the last call; a, b, alpha and u as they stand; floats."""
         means = {} if self.means is None else dict(zip(("positive", "negative"), self.means.tolist()))
         return means | {name: getattr(self, name).item() for name in (*WEIGHTS, "u") if hasattr(self, name)}
-
-    def extra_repr(self) -> str:
-        learned = ", ".join(name for name in WEIGHTS if getattr(self, name).requires_grad)
-        names = "margin", "negative_weight", "margin_negative_weight", "temperature", "score"
-        return ", ".join([*(f"{name}={getattr(self, name)}" for name in names), f"learn=({learned})"])
 
     def _objective(self, moments: PairMoments) -> Tensor:
         moments = moments.of_score(self.score)
@@ -466,19 +448,12 @@ class AUCCLLoss(nn.Module):
         bound = abs(self.margin) + 1 + float(kappa)
         self._warned = abs(alpha.item()) > bound
         if self._warned:
-            warnings.warn(f"alpha = {alpha.item():.3g} is out of its range, +-{bound:.3g}: its gradient is "
-                          "reversed inside, so that maximize=True or a sign flip makes it descend. Or the "
-                          "learning rate is too large", stacklevel=2)
+            warnings.warn(f"alpha = {alpha.item():.3g} is out of its range, +-{bound:.3g}: the learning rate "
+                          "is too large, or maximize=True reverses the gradient that is reversed inside")
 
 
 class ReleasedCIFARLoss(AUCCLLoss):
     """`released_cifar` as a module: symmetric form only, this rank's images, `b` learned by plain descent."""
-
-    def __init__(self, a: float = 10.0, b: float = 0.0, alpha: float = 1.0, learn: tuple[str, ...] = ("b",)):
-        if "alpha" in learn:
-            raise ValueError("released-cifar is linear in alpha: it can only be held")
-        super().__init__(a, b, alpha, negative_weight="sum", margin_negative_weight="sum", learn=learn,
-                         score="unit", gather=False)
 
     @exact_products()
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
@@ -486,8 +461,8 @@ class ReleasedCIFARLoss(AUCCLLoss):
         with torch.autocast(z0.device.type, enabled=False):
             z0, z1 = _at_least_float32(z0), _at_least_float32(z1)
             loss, *means = released_cifar(z0, z1, *self._weights(z0))
-            self.means = torch.stack(means).detach()
-            return loss
+        self.means = torch.stack(means).detach()
+        return loss
 
     def teacher_student(self, teacher: Tensor, student: Tensor) -> Tensor:
         raise ValueError("released-cifar has no teacher/student form; use 'paper' or 'released-imagenet'")
@@ -499,14 +474,10 @@ class ReleasedImageNetLoss(AUCCLLoss):
     The buffer `center` is an EMA of the teacher's mean output over ranks, updated in training mode. A
     training loop may schedule the attribute `teacher_temp`.
     """
+    teacher_temp, student_temp, center_momentum = 0.04, 0.1, 0.9
 
-    def __init__(self, a: float = 10.0, b: float = 0.0, alpha: float = 1.0, learn: tuple[str, ...] = (),
-                 teacher_temp: float = 0.04, student_temp: float = 0.1, center_momentum: float = 0.9):
-        if "alpha" in learn:
-            raise ValueError("released-imagenet is linear in alpha: it can only be held")
-        super().__init__(a, b, alpha, negative_weight=32.0, learn=learn, score="unit", gather=False)
-        self.teacher_temp, self.student_temp = teacher_temp, student_temp
-        self.center_momentum = center_momentum
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
         self.register_buffer("center", torch.zeros(1))  # [D] from the first call on
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
@@ -519,11 +490,11 @@ class ReleasedImageNetLoss(AUCCLLoss):
             teacher, student = _at_least_float32(teacher.detach()), _at_least_float32(student)
             q = ((teacher - self.center.to(teacher)) / self.teacher_temp).softmax(-1)
             loss, *means = released_imagenet(q, student / self.student_temp, *self._weights(student))
-            self.means = torch.stack(means).detach()
             if self.training:
-                mean = _mean_over_ranks(teacher.mean((0, 1))).to(self.center)
-                self.center = self.center * self.center_momentum + mean * (1 - self.center_momentum)
-            return loss
+                self.center = torch.lerp(_mean_over_ranks(teacher.mean((0, 1))).to(self.center), self.center,
+                                         self.center_momentum)
+        self.means = torch.stack(means).detach()
+        return loss
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if (saved := state_dict.get(prefix + "center")) is not None:
@@ -536,6 +507,6 @@ PRESETS = {
     # (2); not from the paper. b is held at 0: one that follows E-[h] lets all embeddings share a direction.
     "hard": partial(AUCCLLoss, temperature=0.1, negative_weight=8.0, learn=("a", "alpha")),
     "poster": partial(AUCCLLoss, negative_weight="sum", margin_negative_weight="sum", learn=("b", "alpha")),
-    "released-cifar": ReleasedCIFARLoss,
-    "released-imagenet": ReleasedImageNetLoss,
+    "released-cifar": partial(ReleasedCIFARLoss, a=10.0, learn=("b",), gather=False),
+    "released-imagenet": partial(ReleasedImageNetLoss, a=10.0, learn=(), gather=False),
 }

@@ -45,7 +45,7 @@ class LabelledImages(torch.utils.data.Dataset):
     """RGB images and labels: item i is (transform(PIL image), int).
 
     source: read by index as (PIL image, label). classes: names of the labels 0, 1, ..., or None.
-    targets: labels of all of the source's images. indices: of those in the set; None for all.
+    targets: labels of all of the source. indices: its images that are in the set; None for all.
     """
 
     def __init__(self, source, classes, targets, transform=None, indices=None):
@@ -90,14 +90,9 @@ class ClassFolders:
 
 
 def build_dataset(name: str, root: Path | None, split: str, transform=None, download=False) -> LabelledImages:
-    """A labelled data set.
-
-    Args:
-        name: a key of DATASETS, or "hfds/NAME" of the Hugging Face hub.
-        root: the data set's root; for "folder" what holds train/ and test/ (or val/), with class folders.
-        split: "train" or "test"; for stl10 also "unlabeled".
-        transform: applied to the PIL image.
-        download: fetch the set into `root` if it is missing; of several ranks, the first fetches it.
+    """The split "train" or "test" (stl10: also "unlabeled") of a data set: a key of DATASETS, or "hfds/NAME"
+    of the Hugging Face hub. root: for "folder" what holds train/ and test/ (or val/), with class folders.
+    download: fetch the set into `root` if it is missing; of several ranks, the first fetches it.
 
     UserError for an unknown name, a set or folder that is missing or empty, a failed download and, on access,
     an image that cannot be decoded.
@@ -119,8 +114,8 @@ def build_dataset(name: str, root: Path | None, split: str, transform=None, down
         files = getattr(getattr(tv, name.upper(), None), "url", "its files")
         advice = f"unpack {files} in {root} by hand" if download else "add --download to fetch it"
         verb = "download" if download else "read"
-        raise UserError(f"cannot {verb} {name} in {root}: {utils.reason(error)}; {advice}, or "
-                        "give class folders with --dataset folder --data_path DIR") from error
+        raise UserError(f"cannot {verb} {name} in {root}: {utils.reason(error)}; "
+                        f"{advice}, or give class folders with --dataset folder --data_path DIR") from error
     classes = getattr(source, "classes", None) or getattr(source, "categories", None)
     return LabelledImages(source, list(classes) if classes else None, _targets(source), transform,
                           getattr(source, "indices", None))
@@ -150,9 +145,9 @@ def split_folder(root: Path | None, split: str) -> Path:
 
 
 def image_files(folder: Path, others: set[str] = frozenset()) -> list[str]:
-    """All image files below `folder`, relative to it, sorted. Links are followed, but every real folder is
-    read once; parents of `folder`, `others` (real paths) and names that begin with a dot are left out.
-    UserError if there are none; OSError for a folder that cannot be listed."""
+    """All image files below `folder`, relative to it, sorted. Links are followed, every real folder is read
+    once; parents of `folder`, `others` (real paths) and names that begin with a dot are left out. UserError
+    if there are none; OSError for a folder that cannot be listed."""
     def refuse(error):
         raise error
 
@@ -172,16 +167,15 @@ def image_files(folder: Path, others: set[str] = frozenset()) -> list[str]:
     return sorted(files)
 
 
-def load_image(file, name=None) -> Image.Image:
-    """The upright RGB image of a file, see `to_rgb`. UserError, with its name, if it cannot be decoded."""
-    name = name or file
-    if isinstance(file, (str, Path)) and not os.path.isfile(file):  # to open a FIFO would wait for ever
-        raise UserError(f"{name} is missing or no regular file; restore or remove it")
+def load_image(path) -> Image.Image:
+    """The upright RGB image of a file, see `to_rgb`. UserError if it cannot be decoded."""
+    if not os.path.isfile(path):  # to open a FIFO would wait for ever
+        raise UserError(f"{path} is missing or no regular file; restore or remove it")
     try:
-        with Image.open(file) as image:
+        with Image.open(path) as image:
             return to_rgb(image)
     except UNDECODABLE as error:
-        raise UserError(f"cannot decode image {name}: {utils.reason(error)}; replace or remove it") from error
+        raise UserError(f"cannot decode image {path}: {utils.reason(error)}; replace or remove it") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -202,7 +196,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def eval_transform(image_size: int, mean, std):
     """PIL image -> normalised [3, S, S], S = image_size: bicubic resize of the shorter side to 8/7 S (256 for
-    224, as usual for ImageNet; S itself up to 96) and centre crop."""
+    224; S itself up to 96) and centre crop."""
     resized = round(image_size * 8 / 7) if image_size > 96 else image_size
     return transforms.Compose([
         transforms.Resize(resized, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(image_size),
@@ -249,8 +243,7 @@ def _joined(constructor, root, split, **more):
     """The official training and validation sets together, or the test set."""
     parts = [constructor(root, part, **more) for part in (("train", "val") if split == "train" else (split,))]
     joined = torch.utils.data.ConcatDataset(parts)
-    joined.targets = [label for part in parts for label in _targets(part)]
-    joined.classes = getattr(parts[0], "classes", None)
+    joined.targets, joined.classes = sum(map(_targets, parts), []), getattr(parts[0], "classes", None)
     return joined
 
 

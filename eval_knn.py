@@ -19,12 +19,10 @@ import utils
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__doc__)
     add = parser.add_argument
-    add("--nb_knn", type=utils.positive_int, nargs="+", default=[10, 20, 100, 200],
-        help="numbers of neighbours that vote")
-    add("--temperature", type=utils.positive_float, nargs="+", default=[0.07],
-        help="temperatures T of the votes exp(cos / T)")
+    add("--nb_knn", type=utils.positive_int, nargs="+", default=[10, 20, 100, 200], help="voting neighbours")
+    add("--temperature", type=utils.positive_float, default=0.07, help="T of the votes exp(cos / T)")
     add("--use_cuda", type=utils.boolean, default=True,
-        help="on a GPU, keep the features and search there; false: on the CPU, which may have more memory")
+        help="features kept and searched on the GPU, if there is one; false: on the CPU")
     add("--dump_features", type=utils.path, help="folder to write features and labels to")
     add("--load_features", type=utils.path, help="folder to read them from, instead of computing them")
     add("--output_dir", type=utils.path, help="folder of knn.txt, which each result adds a line of JSON to")
@@ -33,10 +31,6 @@ def parse_args(argv=None):
     if args.load_features:
         utils.refuse(args, ("pretrained_weights", "checkpoint_key", "random_weights", "arch", "patch_size",
                             "image_size", "data_path", "download", "dump_features"), "with --load_features")
-    if args.random_weights:
-        utils.refuse(args, ("pretrained_weights", "checkpoint_key"), "with --random_weights")
-    if args.dataset == "folder":
-        utils.refuse(args, ("download",), "with --dataset folder")
     return args
 
 
@@ -53,69 +47,50 @@ from neighbours import NUMBERS, nearest_rows  # noqa: E402
 DUMPS = "trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth"
 
 
-def knn_accuracy(bank, bank_labels, queries, query_labels, ks=(10, 20, 100, 200), temperature=0.07,
-                 num_classes=None):
+@torch.no_grad()
+def knn_accuracy(bank, bank_labels, queries, query_labels, ks=(10, 20, 100, 200), temperature=0.07):
     """Top-1 and top-5 accuracy, in percent, by the votes of the k nearest neighbours: {k: (top1, top5)}.
 
     A neighbour adds exp(cos / temperature) to the score of its class; classes are ranked by score, and those
     without a vote are never predicted. A k above N takes the whole bank.
 
     bank: [N, D], queries: [Q, D], of any float dtype, normalised here; a zero row has cosine 0 with all.
-    bank_labels: [N], query_labels: [Q], integers. num_classes: by default the bank's largest label plus one;
-        queries of other classes are misses.
+    bank_labels: [N], query_labels: [Q], integers >= 0.
     Every rank gives the same arguments, classifies its share of the queries, and returns the same result.
 
-    ValueError: shapes or labels that do not fit, no rows, features not finite, k < 1, temperature <= 0.
+    ValueError: shapes or labels that do not fit, no rows, features not finite.
     """
-    accuracy = knn_sweep(bank, bank_labels, queries, query_labels, ks, (temperature,), num_classes)
-    return {k: accuracy[k, temperature] for k in ks}
-
-
-@torch.no_grad()
-def knn_sweep(bank, bank_labels, queries, query_labels, ks, temperatures, num_classes=None):
-    """`knn_accuracy` at several temperatures by one search: {(k, temperature): (top1, top5)}."""
-    _check(bank, bank_labels, queries, query_labels, ks, temperatures)
-    lowest, highest = int(bank_labels.min()), int(bank_labels.max())
-    num_classes = highest + 1 if num_classes is None else num_classes
-    if lowest < 0 or highest >= num_classes:
-        raise ValueError(f"bank labels must lie in [0, {num_classes}), got {lowest} to {highest}")
+    _check("bank", bank, bank_labels, bank.shape[-1])
+    _check("query", queries, query_labels, bank.shape[-1])
     device = torch.device("cpu") if bank.device.type == "mps" else bank.device  # MPS lacks float64
     bank_labels = bank_labels.to(device, torch.int64)
-    most = min(max(ks), len(bank))
+    num_classes, most = int(bank_labels.max()) + 1, min(max(ks), len(bank))
     size = max(1, NUMBERS // (4 * max(most, num_classes)))
-    hits = {(k, temperature): torch.zeros(2, device=device) for k in ks for temperature in temperatures}
+    hits = {k: torch.zeros(2, device=device) for k in ks}
     for block, truth in zip(*(distributed.share(rows).split(size) for rows in (queries, query_labels))):
         cos, nearest = nearest_rows(bank, block.to(device), most)                       # [q, most] each
         labels, truth = bank_labels[nearest], truth.to(device)[:, None]
-        for temperature in temperatures:
-            # relative to the nearest: the same ranking without overflow; and no vote vanishes
-            votes = ((cos - cos[:, :1]).double() / temperature).exp().clamp_min(1e-300)
-            scores, counted = votes.new_zeros(len(votes), num_classes), 0               # [q, C]
-            for k in sorted(set(ks)):
-                scores.scatter_add_(1, labels[:, counted:k], votes[:, counted:k])
-                best, classes = scores.topk(min(5, num_classes))
-                hit = (classes == truth) & (best > 0)
-                hits[k, temperature] += torch.stack([hit[:, 0].sum(), hit.sum()])
-                counted = k
+        # relative to the nearest: the same ranking without overflow; and no vote vanishes
+        votes = ((cos - cos[:, :1]).double() / temperature).exp().clamp_min(1e-300)
+        scores, counted = votes.new_zeros(len(votes), num_classes), 0                   # [q, C]
+        for k in sorted(hits):
+            scores.scatter_add_(1, labels[:, counted:k], votes[:, counted:k])
+            best, classes = scores.topk(min(5, num_classes))
+            hit = (classes == truth) & (best > 0)
+            hits[k] += torch.stack([hit[:, 0].sum(), hit.sum()])
+            counted = k
     counts = distributed.sum_over_ranks(torch.stack(list(hits.values())))
     return dict(zip(hits, map(tuple, (100 * counts.cpu().double() / len(queries)).tolist())))
 
 
-def _check(bank, bank_labels, queries, query_labels, ks, temperatures):
-    if bank.dim() != 2 or queries.dim() != 2 or bank.shape[1] != queries.shape[1]:
-        raise ValueError("bank and queries must be [N, D] and [Q, D], got "
-                         f"{list(bank.shape)} and {list(queries.shape)}")
-    for side, features, labels in (("bank", bank, bank_labels), ("query", queries, query_labels)):
-        if features.numel() == 0 or not features.is_floating_point():
-            raise ValueError(f"{side} features must be floating point and some, got {features.dtype} "
-                             f"{list(features.shape)}")
-        if not torch.stack(features.aminmax()).float().isfinite().all():
-            raise ValueError(f"{side} features are not finite")
-        if labels.shape != (len(features),) or labels.is_floating_point():
-            raise ValueError(f"{side} labels must be {len(features)} integers, got {labels.dtype} "
-                             f"{list(labels.shape)}")
-    if min(ks, default=0) < 1 or not min(temperatures, default=0) > 0:
-        raise ValueError(f"k must be at least 1 and temperatures positive, got {ks} and {temperatures}")
+def _check(side, features, labels, width):
+    if features.shape != (len(labels), width) or not features.is_floating_point() or not len(features):
+        raise ValueError(f"{side} features must be floating point [{len(labels)}, {width}] to fit the "
+                         f"labels and the bank, got {features.dtype} {list(features.shape)}")
+    if not torch.stack(features.aminmax()).float().isfinite().all():
+        raise ValueError(f"{side} features are not finite")
+    if labels.dim() != 1 or labels.is_floating_point() or labels.min() < 0:
+        raise ValueError(f"{side} labels must be integers >= 0 [N], got {labels.dtype} {list(labels.shape)}")
 
 
 def read_features(folder):
@@ -125,10 +100,10 @@ def read_features(folder):
             tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except OSError:
             raise
-        except Exception as error:  # torch.load raises half a dozen types for damaged files
-            raise utils.UserError(f"{path} is damaged; write it again with --dump_features") from error
+        except Exception:  # torch.load raises half a dozen types for damaged files
+            tensor = None
         if not isinstance(tensor, torch.Tensor):
-            raise utils.UserError(f"{path} holds no tensor; write it again with --dump_features")
+            raise utils.UserError(f"{path} is damaged or no tensor; write it again with --dump_features")
         yield tensor
 
 
@@ -168,12 +143,12 @@ def main(argv=None):
               f"result is of k = {len(bank)}", flush=True)
     ks = sorted({min(k, len(bank)) for k in args.nb_knn})
     try:
-        accuracy = knn_sweep(*tensors, ks, sorted(set(args.temperature)))
+        accuracy = knn_accuracy(*tensors, ks, args.temperature)
     except ValueError as error:  # files of --load_features that do not fit each other, say
         raise utils.UserError(f"{args.load_features or 'k-NN'}: {error}") from error
     run |= {"train_images": len(bank), "test_images": len(queries)}
-    for (k, temperature), (top1, top5) in accuracy.items():
-        record = {**run, "k": k, "temperature": temperature, "top1": top1, "top5": top5}
+    for k, (top1, top5) in accuracy.items():
+        record = {**run, "k": k, "temperature": args.temperature, "top1": top1, "top5": top5}
         pretrained.write_record(record, args.output_dir and args.output_dir / "knn.txt")
     distributed.leave()
 

@@ -6,7 +6,7 @@
     python eval_linear.py ... --cache_features                       # no augmentation, features computed once
     python eval_linear.py ... --solver lbfgs --dataset flowers102    # logistic regression, for transfer
     python eval_linear.py ... --fraction 0.01                        # 1 % of the labels; --shots 5: 5 a class
-    python eval_linear.py ... --evaluate --pretrained_linear linear/checkpoint.pth.tar
+    python eval_linear.py ... --evaluate                             # no training: the head in --output_dir
 
 One head trains on all training images. Several train on nine tenths of them, and the one that is best on the
 rest is chosen; test images have no say. A logistic regression is then fitted again, to all training images.
@@ -55,13 +55,11 @@ def parse_args(argv=None):
         help="share of each class's training images, such as 0.01 (default: all)")
     add("--num_labels", type=positive_int, help="number of classes (default: the data set's)")
     add("--val_freq", type=positive_int, default=1, help="epochs between evaluations")
-    add("--evaluate", action="store_true", help="only measure the head of --pretrained_linear")
-    add("--pretrained_linear", type=utils.path, help="checkpoint of a head, ours or DINO's")
+    add("--evaluate", action="store_true", help="only measure the head of an earlier run in --output_dir")
     args = parser.parse_args(argv)
-    if args.evaluate != (args.pretrained_linear is not None):
-        raise UserError("--evaluate and --pretrained_linear FILE go together: a saved head is only measured")
     if args.evaluate:
-        utils.refuse(args, ("lr", "epochs", "cache_features", "shots", "fraction"), "with --evaluate")
+        utils.refuse(args, ("lr", "epochs", "cache_features", "shots", "fraction", "n_last_blocks",
+                            "avgpool_patchtokens"), "with --evaluate")
     if args.solver == "lbfgs":
         utils.refuse(args, ("lr", "epochs", "cache_features"), "with --solver lbfgs, which converges")
         args.epochs = 1
@@ -112,7 +110,7 @@ def make_candidates(args, backbone: nn.Module) -> list[Candidate]:
 
 class FrozenFeatures(nn.Module):
     """What all candidates need: images [B, 3, H, W] -> features [B, F]. Of a VisionTransformer: class tokens
-    of the last blocks in order, then the last block's mean patch token. Of other backbones: their output."""
+    of the last blocks in order, then the last block's mean patch token; of others their output."""
 
     def __init__(self, backbone: nn.Module, candidates: list[Candidate]):
         super().__init__()
@@ -123,9 +121,10 @@ class FrozenFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if not isinstance(self.backbone, VisionTransformer):
             return self.backbone(images)
-        blocks = self.backbone.get_intermediate_layers(images, self.blocks)         # [B, 1 + patches, D] each
-        means = [blocks[-1][:, 1:].mean(1)] if self.avgpool else []
-        return torch.cat([tokens[:, 0] for tokens in blocks] + means, 1)
+        patches, prefixes = zip(*self.backbone.get_intermediate_layers(                # [B, P, D], [B, 1, D]
+            images, self.blocks, return_prefix_tokens=True, norm=True))
+        means = [patches[-1].mean(1)] if self.avgpool else []
+        return torch.cat([prefix[:, 0] for prefix in prefixes] + means, 1)
 
     def columns(self, candidate: Candidate) -> slice:
         """The columns of the features that a candidate's head sees."""
@@ -136,9 +135,7 @@ class FrozenFeatures(nn.Module):
 
 class HeadGrid(nn.Module):
     """H linear heads, trained and measured together: features [B, F] -> logits [B, H, C].
-
-    columns: the slice of the features that each head sees. Heads of one width start equal, as DINO's does.
-    """
+    columns: the slice of the features that each head sees. Heads of one width start equal."""
 
     def __init__(self, columns: list[slice], num_classes: int, seed: int = 0):
         super().__init__()
@@ -180,8 +177,8 @@ def measure(grid: HeadGrid, features: Tensor, labels: Tensor) -> dict[str, Tenso
 # ------------------------------------------------------------------------------------------------ two solvers
 
 def make_sgd(grid: HeadGrid, candidates: list[Candidate], batch_size: int, epochs: int):
-    """DINO's optimiser and schedule, each head at its own rate: SGD with momentum, and a cosine that falls
-    after every epoch. batch_size: images per step over all ranks; the rates are per 256."""
+    """DINO's optimiser and schedule, each head at its own rate: SGD with momentum, a cosine by epochs.
+    batch_size: images per step over all ranks; the rates are per 256."""
     groups = [{"params": head.parameters(), "lr": candidate.lr * batch_size / 256}
               for head, candidate in zip(grid.heads, candidates, strict=True)]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
@@ -206,9 +203,9 @@ def sgd_epoch(grid: HeadGrid, optimizer, batches) -> Tensor:
 def fit_logistic(head: nn.Linear, features: Tensor, labels: Tensor, l2: float) -> None:
     """Fits `head` in place, from its present weights: least mean cross-entropy + l2 / 2 |W|^2, by L-BFGS.
 
-    features: [N, F], labels: [N]; each rank works on its share of the rows. The features are centred, which
-    does not move the minimum, and divided by one number so that their mean variance is 1, which gives `l2`
-    one meaning for all backbones. The fitted head takes them as they are.
+    features: [N, F], labels: [N]; each rank works on its share of the rows. Features are centred and scaled
+    to a mean variance of 1, so that `l2` means the same for all backbones; the fitted head takes them as
+    they are.
     """
     weight, bias = head.weight, head.bias
     mean, scale = features.mean(0), features.var(0, correction=0).mean().sqrt().clamp_min(1e-12)
@@ -258,21 +255,21 @@ def hold_out(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         labels, lambda n: torch.minimum(n - 1, (HELD_OUT * n).round().clamp_min(1)), generator)
     if len(held) == 0:
         raise UserError("one image per class leaves none to choose between several heads on; add images, or "
-                        "use --solver sgd with one --lr, --n_last_blocks and --avgpool_patchtokens")
+                        "train one head with --solver sgd")
     return fit, held
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
-    """All `count` indices in the epoch's random order, in batches whose sizes differ by at most one. A batch
-    has at most `batch_size` images over all ranks, and at least one for each rank."""
+    """All `count` indices in the epoch's random order, in batches whose sizes differ by at most one: of at
+    most `batch_size` images over all ranks, and at least one for each rank."""
     generator = torch.Generator().manual_seed(utils.stream_seed(seed, ORDER, epoch))
     steps = max(1, min(-(-count // batch_size), count // distributed.world_size()))
     return torch.randperm(count, generator=generator).tensor_split(steps)
 
 
 class AugmentedImages(torch.utils.data.Dataset):
-    """An epoch's random views, float [3, S, S], and labels; the augmentation is DINO's. A view depends on
-    seed, epoch and index alone, not on the rank or worker that makes it."""
+    """An epoch's random views, float [3, S, S], and labels, by DINO's augmentation. A view depends on seed,
+    epoch and index alone."""
 
     def __init__(self, images, description: pretrained.Description, seed: int, epoch: int):
         self.images, self.seed, self.epoch = images, seed, epoch
@@ -323,8 +320,8 @@ def choose_head(held: dict[str, Tensor], dataset: str) -> int:
 
 
 def evaluate(args, grid: HeadGrid, candidates: list[Candidate], fit_set, held_set, test_set):
-    """Chooses a head and writes all to heads.json. Returns the chosen one's index, and its record on the test
-    images. The sets: features and labels, or None."""
+    """Chooses a head and writes all to heads.json. Returns its index and its record on the test images. The
+    sets are features and labels, or None."""
     held = measure(grid, *held_set) if held_set else None
     chosen = choose_head(held, args.dataset) if held else 0
     if args.solver == "lbfgs":
@@ -368,6 +365,12 @@ def train_heads(args, backbone: nn.Module, description: pretrained.Description, 
     if not distributed.same_over_ranks(epoch, *fingerprint):
         raise UserError("processes see different checkpoints or images; --output_dir and --data_path must be "
                         "the same folders on all hosts")
+    if first:
+        print(f"{len(fit)} images to train on, {len(held)} to choose on, {len(test)} to test on; "
+              f"classes: {num_labels}; heads: {len(candidates)}; {device}; {args.output_dir}\n"
+              f"epochs done: {epoch} of {args.epochs}", flush=True)
+    if epoch == args.epochs:
+        return
     log = utils.RunLog(args.output_dir, (epoch, 0)) if first else None
 
     def save():
@@ -378,17 +381,13 @@ def train_heads(args, backbone: nn.Module, description: pretrained.Description, 
         if first:
             utils.save_checkpoint(state | {name: part.state_dict() for name, part in parts.items()}, path)
 
-    if epoch < args.epochs:
-        if first:
-            print(f"{len(fit)} images to train on, {len(held)} to choose on, {len(test)} to test on; "
-                  f"classes: {num_labels}; heads: {len(candidates)}; {device}; {args.output_dir}", flush=True)
-        cached = args.cache_features or args.solver == "lbfgs"
-        fit_set, held_set, test_set = (
-            fixed_features(args, network, description, images, rows, device) if len(rows) else None
-            for images, rows in ((train, fit if cached else ()), (train, held), (test, range(len(test)))))
-        images = train.subset(fit)
-        if state is None:
-            save()  # from now on a log has its checkpoint
+    cached = args.cache_features or args.solver == "lbfgs"
+    fit_set, held_set, test_set = (
+        fixed_features(args, network, description, images, rows, device) if len(rows) else None
+        for images, rows in ((train, fit if cached else ()), (train, held), (test, range(len(test)))))
+    images = train.subset(fit)
+    if state is None:
+        save()  # from now on a log has its checkpoint
     while epoch < args.epochs:
         rates, scores = None, {}
         if args.solver == "lbfgs":
@@ -419,36 +418,23 @@ def train_heads(args, backbone: nn.Module, description: pretrained.Description, 
         if first:
             log.write(record)
         save()
-    if first and log.records:
-        print(f"done: {utils.format_record(log.records[-1] | {'epoch': epoch})}", flush=True)
 
 
 def evaluate_head(args, backbone: nn.Module, description: pretrained.Description, device) -> None:
-    """Measures the head of --pretrained_linear on the test images and appends a record to linear.txt."""
-    path, (candidate, *more) = args.pretrained_linear, make_candidates(args, backbone)
+    """Measures the head of an earlier run on the test images and appends a record to linear.txt."""
+    path = args.output_dir / CHECKPOINT
     state = utils.load_checkpoint(path)
-    if "candidate" in state:
-        utils.refuse(args, ("n_last_blocks", "avgpool_patchtokens"), f"with {path}, which tells it")
-        candidate = Candidate(**state["candidate"])
-        if state["fingerprint"][0] != pretrained.checksum(backbone):
-            raise UserError(f"the head in {path} was trained on another backbone; give that one's "
-                            "--pretrained_weights, or the --seed of its random ones")
-    elif more or candidate.avgpool_patchtokens and candidate.n_last_blocks > 1:
-        raise UserError(f"{path} does not tell its features; give one --n_last_blocks and one "
-                        "--avgpool_patchtokens, true only with --n_last_blocks 1, as DINO's heads")
-    else:
-        candidate = candidate._replace(lr=None)
+    if state.get("fingerprint", [None])[0] != pretrained.checksum(backbone):
+        raise UserError(f"the head in {path} was trained on another backbone; give that one's "
+                        "--pretrained_weights, or the --seed of its random ones")
+    candidate = Candidate(**state["candidate"])
     network = FrozenFeatures(backbone, [candidate])
     test = data.build_dataset(args.dataset, args.data_path, "test", download=args.download)
     grid = HeadGrid([network.columns(candidate)], data.count_labels(args.num_labels, test)).to(device)
-    weights = {name.split(".")[-1]: value for name, value in state.get("state_dict", {}).items()}
+    weights = {name.removeprefix("linear."): value for name, value in state["state_dict"].items()}
     utils.load_parts({"head": weights}, {"head": grid.heads[0]}, path)
-    if candidate.avgpool_patchtokens and "candidate" not in state:
-        weight = grid.heads[0].weight.data  # DINO puts each mean behind its entry of the class token
-        weight.copy_(weight.unflatten(1, (-1, 2)).mT.flatten(1))
     scores = measure(grid, *fixed_features(args, network, description, test, range(len(test)), device))
-    record = {**pretrained.describe_run(args, description), "head": str(path), **candidate.record(),
-              **score_record(scores, 0, "test")}
+    record = pretrained.describe_run(args, description) | candidate.record() | score_record(scores, 0, "test")
     pretrained.write_record(record, args.output_dir / "linear.txt")
 
 

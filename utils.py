@@ -8,7 +8,6 @@ import csv
 import json
 import math
 import os
-import pickle
 import signal
 import socket
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+OBJECTIVE = "negative_weight", "margin_negative_weight", "score"  # arguments of AUCCLLoss that are flags
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 LOST_RANK = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out")
 
@@ -25,7 +25,7 @@ LOST_RANK = ("gloo", "nccl", "connection closed", "connection reset", "broken pi
 # ------------------------------------------------------------------------------------------------ user errors
 
 class UserError(Exception):
-    """Invalid user input, reported without a traceback. One line: what is wrong, then what to do."""
+    """Invalid user input, reported in one line: what is wrong, then what to do."""
 
     def __init__(self, message: str):
         own = message.rsplit("UserError: ", 1)[-1]  # a loader's worker prepends its traceback
@@ -33,8 +33,8 @@ class UserError(Exception):
 
 
 def run_script(main) -> None:
-    """Calls main(). Invalid input and file errors become one line on stderr and exit code 2, the loss of
-    another rank one line and exit code 1; any other exception is a defect and keeps its traceback."""
+    """Calls main(). Invalid input and file errors end in one line and exit code 2, the loss of another rank
+    in one line and exit code 1; any other exception is a defect and keeps its traceback."""
     try:
         main()
         sys.stdout.flush()
@@ -49,19 +49,19 @@ def run_script(main) -> None:
         lines = [line for line in str(error).splitlines() if any(words in line for words in NO_MEMORY)]
         if lines or isinstance(error, MemoryError):
             _exit(f"{lines[0] if lines else 'out of memory'}; lower the batch, image or network size", 1)
-        if not _many_ranks() or not any(word in str(error).lower() for word in LOST_RANK):
-            raise
-        _exit(f"lost contact with another rank, which failed or is unreachable ({reason(error)})", 1)
+        if _many_ranks() and any(word in str(error).lower() for word in LOST_RANK):
+            _exit(f"lost contact with another rank, which failed or is unreachable ({reason(error)})", 1)
+        raise
 
 
 def check_flags(parse_args) -> None:
-    """Answers --help and mistaken flags. Called before a script imports torch, which takes seconds."""
+    """Answers --help and mistaken flags, before a script imports torch, which takes seconds."""
     run_script(parse_args)
 
 
 @contextlib.contextmanager
 def user_errors():
-    """Turns a ValueError, of a library function about an argument that a flag gave, into a UserError."""
+    """Turns a ValueError about an argument that a flag gave into a UserError."""
     try:
         yield
     except ValueError as error:
@@ -72,8 +72,7 @@ def reason(error: BaseException) -> str:
     """One line for an exception: an OSError's text and file, else the last line of the message."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
 
 
 def _many_ranks() -> bool:
@@ -84,8 +83,7 @@ def _exit(message: str, code: int):
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     if rank != "0" and code == 2:
         time.sleep(5)  # an error that all ranks make is reported once: the launcher ends this rank meanwhile
-    prefix = f"error: rank {rank}: " if code == 1 else "error: "
-    message = prefix + " ".join(message.split())
+    message = (f"error: rank {rank}: " if code == 1 else "error: ") + " ".join(message.split())
     print(message, file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun prints its message last
         extra = {"timestamp": str(int(time.time()))}
@@ -138,10 +136,8 @@ def number_or_sum(text: str) -> float | str:
 
 
 def boolean(text: str) -> bool:
-    if text.lower() in ("true", "yes", "on", "1"):
-        return True
-    if text.lower() in ("false", "no", "off", "0"):
-        return False
+    if text.lower() in ("true", "on", "1", "false", "off", "0"):
+        return text.lower() in ("true", "on", "1")
     raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
 
 
@@ -189,21 +185,19 @@ def default_workers() -> int:
 
 
 def by_preset(text: str, recipes: dict, name: str) -> str:
-    """A help text with the default of every preset."""
+    """A help text with the default of the preset `paper`, and of those that differ from it."""
     defaults = {preset: _show(recipe[name]) for preset, recipe in recipes.items()}
-    if len(set(defaults.values())) == 1:
-        return f"{text} (default: {next(iter(defaults.values()))})"
-    return f"{text} (default: {', '.join(f'{value} for {preset}' for preset, value in defaults.items())})"
+    others = [f"{value} for {preset}" for preset, value in defaults.items() if value != defaults["paper"]]
+    return f"{text} (default: {'; '.join([str(defaults['paper']), *others])})"
 
 
 def add_objective_flags(parser, recipes: dict) -> None:
     """The flags of the objective. recipes: preset -> defaults of the flags that are not given."""
     add = parser.add_argument
     add("--preset", choices=recipes, default="paper", help="objective, and the defaults that depend on it")
-    add("--negative_weight", type=number_or_sum, help="nu: a number, or 'sum' for the negatives per anchor "
-        "(default: the loss's)")
-    add("--margin_negative_weight", type=number_or_sum, help="kappa: a number or 'sum' (default: the loss's)")
-    add("--score", choices=("cosine", "unit"), help="score of a pair (default: the loss's)")
+    add("--negative_weight", type=number_or_sum, help="nu: a number, or sum (default: the preset's)")
+    add("--margin_negative_weight", type=number_or_sum, help="kappa: likewise")
+    add("--score", choices=("cosine", "unit"), help="score of a pair (default: cosine)")
     add("--learn", nargs="+", choices=("a", "b", "alpha", "none"),
         help=by_preset("learned weights of the objective", recipes, "learn"))
     add("--weights_lr", type=non_negative_float,
@@ -213,8 +207,7 @@ def add_objective_flags(parser, recipes: dict) -> None:
 def complete_objective_flags(args: argparse.Namespace, recipes: dict) -> None:
     """Fills in what the preset decides. UserError for flags that contradict it."""
     if args.preset.startswith("released"):
-        refuse(args, ("negative_weight", "margin_negative_weight", "score"),
-               f"with --preset {args.preset}, which fixes it")
+        refuse(args, OBJECTIVE, f"with --preset {args.preset}, which fixes it")
     if args.learn and "none" in args.learn:
         if len(args.learn) > 1:
             raise UserError("--learn none contradicts the other names behind --learn; give one of them")
@@ -227,8 +220,7 @@ def complete_objective_flags(args: argparse.Namespace, recipes: dict) -> None:
 
 def objective_arguments(args: argparse.Namespace) -> dict:
     """The arguments of AUCCLLoss.preset(args.preset) that the flags give."""
-    names = "negative_weight", "margin_negative_weight", "score"
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in OBJECTIVE if getattr(args, name) is not None}
     return {**given, "learn": tuple(args.learn)}
 
 
@@ -236,17 +228,15 @@ def add_backbone_flags(parser) -> None:
     """The flags of a pretrained backbone and of how it is run."""
     add = parser.add_argument
     add("--pretrained_weights", type=path, help="checkpoint of main.py, cifar/main.py or DINO, or weights of "
-        "timm or torchvision (.pth, .safetensors) (default: checkpoint.pth of the current folder, if there)")
+        "timm or torchvision (default: checkpoint.pth of the current folder)")
     add("--checkpoint_key", help="network of a checkpoint with several (default: teacher, or the only one)")
     add("--random_weights", action="store_true", help="untrained network, the baseline")
-    add("--arch", help="vit_tiny, vit_small, vit_base, a ResNet of torchvision, timm/NAME or cifar/NAME "
-        "(default: the checkpoint's)")
-    add("--patch_size", type=positive_int, help="side of a ViT's patches in pixels (default: checkpoint's)")
+    add("--arch", help="vit_*, a ResNet, timm/NAME or cifar/NAME (default: the checkpoint's)")
+    add("--patch_size", type=positive_int, help="pixels a side of a ViT's patches (default: checkpoint's)")
     add("--image_size", type=pixels, help="pixels a side (default: the checkpoint's, timm's, or 224)")
     add("--batch_size_per_gpu", type=positive_int, default=128, help="images per batch of each process")
     add("--num_workers", type=non_negative_int, default=default_workers(), help="loader workers per process")
-    add("--amp", choices=("none", "auto", "bf16", "fp16"), default="none",
-        help="autocast of the backbone; full precision by default, so that figures compare across machines")
+    add("--amp", choices=("none", "auto", "bf16", "fp16"), default="none", help="autocast of the backbone")
     add("--seed", type=non_negative_int, default=0, help="seed of random weights and of the choice of images")
     add_process_flags(parser)
 
@@ -269,13 +259,10 @@ def select_device(name: str):
     import torch
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     names = [kind for kind, there in available.items() if there]
-    try:
+    with contextlib.suppress(RuntimeError):  # not a device's name
         device = torch.device(names[0] if name == "auto" else name)
-        count = torch.cuda.device_count() if device.type == "cuda" else 1
-        if device.type in names and (device.index or 0) < count:
+        if device.type in names and (device.index or 0) < max(1, torch.cuda.device_count()):
             return device
-    except RuntimeError:  # not a device's name
-        pass
     raise UserError(f"device {name!r} is not available here; use --device {'|'.join(names)}")
 
 
@@ -349,15 +336,15 @@ def millions(network) -> str:
 # ------------------------------------------------------------------------------------ seeds, order, schedules
 
 def stream_seed(*keys: int) -> int:
-    """A 63-bit seed for the random stream named by `keys` (seed, rank, epoch, ...). Streams of different
-    keys are independent, and none needs to be saved: a resumed run names it again."""
+    """A 63-bit seed of the random stream named by `keys` (seed, epoch, ...). Streams are independent, and
+    none needs to be saved: a resumed run names it again."""
     sequence = np.random.SeedSequence((len(keys), *keys))  # (1,) and (1, 0) alone would be equal
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, start: int = 0):
-    """Yields index batches [batch_size] of one epoch's random order of `count` images, from batch `start` on;
-    a last, smaller batch is left out. The order depends on seed and epoch alone."""
+    """Yields index batches [batch_size] of an epoch's random order of `count` images, from batch `start` on,
+    without a last, smaller one. The order depends on seed and epoch alone."""
     import torch
     order = torch.randperm(count, generator=torch.Generator().manual_seed(stream_seed(seed, epoch)))
     for batch in range(start, count // batch_size):
@@ -365,8 +352,8 @@ def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, start: int
 
 
 def cosine_schedule(step: int, steps: int, base: float, final: float = 0.0, warmup_steps: int = 0) -> float:
-    """The value at `step` (0-based) of `steps`: a linear warm-up that reaches `base` after `warmup_steps`,
-    then half a cosine down to `final` at the last step. The warm-up may be longer than the run."""
+    """The value at `step` (from 0) of `steps`: a linear warm-up that reaches `base` after `warmup_steps`,
+    then half a cosine to `final` at the last step. The warm-up may be longer than the run."""
     if step < warmup_steps:
         return base * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
@@ -376,8 +363,8 @@ def cosine_schedule(step: int, steps: int, base: float, final: float = 0.0, warm
 # ------------------------------------------------------------------------------------- checkpoints and resume
 
 def replace_file(path: Path, write, mode: str = "w") -> None:
-    """Lets `write(file)` fill a temporary file and renames it, so that `path` always holds the old or the new
-    content, whole. UserError if that fails; the old content is then still there."""
+    """Lets `write(file)` fill a temporary file, then renames it: `path` holds the old or the new content,
+    whole. UserError if that fails."""
     temporary = path.with_name(path.name + ".partial")
     try:
         with open(temporary, mode, newline=None if "b" in mode else "") as file:
@@ -390,9 +377,8 @@ def replace_file(path: Path, write, mode: str = "w") -> None:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        kept = ". Its former content is intact" if path.exists() else ""
-        raise UserError(f"cannot write {path}: {reason(cause)}{kept}. Free space, then run the same command "
-                        "again") from error
+        raise UserError(f"cannot write {path}: {reason(cause)}. Its former content, if any, is intact. Free "
+                        "space, then run the same command again") from error
 
 
 def save_checkpoint(state: dict, path: Path) -> None:
@@ -402,8 +388,8 @@ def save_checkpoint(state: dict, path: Path) -> None:
 
 
 def load_checkpoint(path: Path, advice: str = "move it away or restore a copy") -> dict:
-    """A checkpoint's dict, on the CPU. Never runs code from the file (`weights_only`). UserError if it cannot
-    be read; `advice` is for a file that holds what only code could build."""
+    """A checkpoint's dict, on the CPU; no code of the file is run. UserError if it cannot be read; `advice`
+    is for a file that holds what only code could build."""
     import torch
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -412,21 +398,12 @@ def load_checkpoint(path: Path, advice: str = "move it away or restore a copy") 
     except (PermissionError, IsADirectoryError):
         raise
     except Exception as error:  # torch.load raises half a dozen types for damaged files
-        problem = "is empty, damaged or no checkpoint; move it away or restore a copy"
-        if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
-            problem = f"holds more than tensors and plain data, which is not loaded; {advice}"
-        raise UserError(f"checkpoint {path} {problem}") from error
+        if "unsupported global" in str(error).lower():
+            raise UserError(f"{path} holds more than tensors and plain data, which is not loaded; {advice}")
+        raise UserError(f"{path} is empty, damaged or no checkpoint; move it away or restore a copy")
     if not isinstance(state, dict):
         raise UserError(f"{path} is no checkpoint: it holds a {type(state).__name__}, not a dict")
     return state
-
-
-def check_same_run(saved: dict, args: dict, path: Path, free: tuple[str, ...] = ()) -> None:
-    """UserError if the flags saved in a checkpoint contradict this run's; the names in `free` may differ."""
-    if differing := [f"--{name} {_show(saved.get(name))} there, {_show(value)} here"
-                     for name, value in args.items() if name not in free and saved.get(name) != value]:
-        raise UserError(f"{path} belongs to another run: {'; '.join(differing)}. Resume with the same flags, "
-                        "or choose another --output_dir")
 
 
 def read_resume(args, path: Path, free: tuple[str, ...], flags: dict | None = None) -> dict | None:
@@ -438,9 +415,13 @@ def read_resume(args, path: Path, free: tuple[str, ...], flags: dict | None = No
                             "or choose another --output_dir")
         return None
     state = load_checkpoint(path)
-    if not isinstance(state.get("args"), dict):
+    if not isinstance(saved := state.get("args"), dict):
         raise UserError(f"{path} is no checkpoint of this script: it lacks its flags; move it away")
-    check_same_run(state["args"], flags or plain(args), path, free)
+    if differing := [f"--{name} {_show(saved.get(name))} there, {_show(value)} here"
+                     for name, value in (flags or plain(args)).items()
+                     if name not in free and saved.get(name) != value]:
+        raise UserError(f"{path} belongs to another run: {'; '.join(differing)}. Resume with the same flags, "
+                        "or choose another --output_dir")
     return state
 
 
@@ -467,8 +448,8 @@ def diverged(what: str, epoch: int, step: int) -> str:
 
 
 def lock_folder(folder: Path):
-    """Makes the folder and locks it for this process until the returned file is closed. UserError if another
-    process holds the lock. The lock of a process that has ended is void."""
+    """Makes the folder and locks it until the returned file is closed or this process ends. UserError if
+    another process holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "run.lock", "a+")
     try:
@@ -479,23 +460,22 @@ def lock_folder(folder: Path):
         raise UserError(f"another run writes to {folder} ({file.read().strip()}); wait for it, or choose "
                         "another --output_dir") from None
     except (ImportError, OSError):  # Windows, and file systems without locks
-        return file
+        pass
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
     return file
 
 
 def leave_group(worker: int) -> None:
-    """A loader's `worker_init_fn`: a signal to the whole process group, as from a terminal or launcher, then
-    leaves the workers running until their trainer has saved."""
+    """A loader's `worker_init_fn`: a signal to the process group, as from a terminal or launcher, then leaves
+    the workers running until their trainer has saved."""
     if hasattr(os, "setsid"):
         os.setsid()
 
 
 class Interruption:
     """Turns SIGTERM and Ctrl-C into a request that the loop answers between two steps: save, then exit. A
-    second signal ends the process at once. `close` restores the former handlers."""
+    second signal ends the process at once."""
 
     def __init__(self):
         self.signal = None
@@ -562,7 +542,7 @@ class RunLog:
         if self.table and "step" not in record:
             self.rows[record["epoch"]] = record
             names = list(dict.fromkeys(name for row in self.rows.values() for name in row))
-            rows = [[self.rows[epoch].get(name, "") for name in names] for epoch in sorted(self.rows)]
+            rows = [[row.get(name, "") for name in names] for row in self.rows.values()]
             replace_file(self.table, lambda file: csv.writer(file).writerows([names, *rows]))
 
     def _print(self, record: dict) -> None:

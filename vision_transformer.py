@@ -7,7 +7,6 @@
 ViTs are timm's with DINO's interface, ResNets are torchvision's, "cifar/NAME" is a ResNet for small images,
 and "timm/NAME" is any other model of timm. Nothing is downloaded.
 """
-import difflib
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from itertools import groupby, pairwise
@@ -15,7 +14,6 @@ from itertools import groupby, pairwise
 import timm
 import torch
 import torchvision
-from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
@@ -56,26 +54,21 @@ def build_backbone(arch: str, patch_size: int = 16, image_size: int = 224,
             backbone = timm.create_model(name, num_classes=0)
         backbone.embed_dim = backbone.head_hidden_size  # num_features leaves out MobileNetV3's last layer
         return backbone
-    known = [*VIT_ARCHS, *RESNET_ARCHS, *CIFAR_ARCHS]
-    names = timm.list_models() if library == "timm" else filter(timm.is_model, [arch])
-    near = difflib.get_close_matches(arch, known + [f"timm/{name}" for name in names], cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ValueError(f"unknown arch {arch!r}: {hint}Choose from {', '.join(known)}, or timm/NAME")
+    known = ", ".join([*VIT_ARCHS, *RESNET_ARCHS, *CIFAR_ARCHS])
+    raise ValueError(f"unknown arch {arch!r}; choose from {known}, or timm/NAME")
 
 
 class VisionTransformer(timm.models.VisionTransformer):
-    """timm's ViT (Dosovitskiy et al., 2021), DINO's interface: [B, 3, H, W] -> class token [B, embed_dim].
+    """timm's ViT (Dosovitskiy et al., 2021): images [B, 3, H, W] -> class token [B, embed_dim].
 
     State-dict keys are timm's and DINO's. H and W may be any multiples of the patch size: timm interpolates
     the position embeddings (bicubic, antialiased; DINO does not antialias, so its features differ a little).
 
     Args:
-        embed_dim, num_heads: width of the tokens, and number of attention heads.
         patch_size, image_size: pixels; one position embedding for each patch of image_size x image_size.
-        drop_path_rate: probability of skipping a residual branch of the last block in training, rising
-            linearly from 0 in the first block (stochastic depth, Huang et al., 2016).
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0 in the first.
 
-    Raises ValueError for sizes that are no multiples of the patch size.
+    Raises ValueError for an image size that is no multiple of the patch size.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, patch_size: int = 16, image_size: int = 224,
@@ -83,38 +76,7 @@ class VisionTransformer(timm.models.VisionTransformer):
         if patch_size < 1 or image_size < 1 or image_size % patch_size:
             raise ValueError(f"image size {image_size} is no multiple of the patch size {patch_size}")
         super().__init__(img_size=image_size, patch_size=patch_size, embed_dim=embed_dim, num_heads=num_heads,
-                         num_classes=0, drop_path_rate=drop_path_rate, dynamic_img_size=True,
-                         embed_layer=_PatchEmbed)
-
-    def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
-        """Outputs of the last n blocks, each through the final norm: n of [B, 1 + patches, embed_dim]."""
-        if not 1 <= n <= len(self.blocks):
-            raise ValueError(f"n must be 1 to {len(self.blocks)} blocks, got {n}")
-        x = self._pos_embed(self.patch_embed(x))
-        outputs = [x := block(x) for block in self.blocks]
-        return [self.norm(output) for output in outputs[-n:]]
-
-    def get_last_selfattention(self, x: Tensor) -> Tensor:
-        """Attention of the last block, rows (queries) that sum to 1: [B, heads, 1 + patches, 1 + patches].
-
-        From queries and keys, because the fused attention of the forward pass never holds the matrix.
-        """
-        last = self.blocks[-1]
-        x = self.blocks[:-1](self._pos_embed(self.patch_embed(x)))
-        qkv = last.attn.qkv(last.norm1(x))  # [B, N, 3 * heads * d]
-        q, k, _ = qkv.unflatten(2, (3, last.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, N, d]
-        return (q * last.attn.scale @ k.mT).softmax(-1)
-
-
-class _PatchEmbed(PatchEmbed):
-    """timm's, with a ValueError where it has an assertion."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        if height % self.patch_size[0] or width % self.patch_size[1]:
-            raise ValueError(f"image sides must be multiples of the patch size {self.patch_size[0]}, "
-                             f"got {height} x {width} pixels")
-        return super().forward(x)
+                         num_classes=0, drop_path_rate=drop_path_rate, dynamic_img_size=True)
 
 
 class ResNet(nn.Sequential):
@@ -125,11 +87,10 @@ class ResNet(nn.Sequential):
     """
 
     def __init__(self, network: torchvision.models.ResNet):
-        layers = OrderedDict(network.named_children())
-        embed_dim = layers.pop("fc").in_features
+        layers = dict(network.named_children())
+        fc = layers.pop("fc")
         super().__init__(OrderedDict(layers, flatten=nn.Flatten()))
-        self.embed_dim = embed_dim
-        self.grad_checkpointing = False
+        self.embed_dim, self.grad_checkpointing = fc.in_features, False
 
     def set_grad_checkpointing(self, enable: bool = True):
         self.grad_checkpointing = enable
@@ -161,8 +122,8 @@ def _buffers_kept(module: nn.Module):
 def _small_image_resnet(name: str) -> torchvision.models.ResNet:
     """A ResNet for images of 32 x 32 pixels: a 3x3 stem and no max-pool.
 
-    `small` is ResNet-10 without its last stage, which at 2 x 2 pixels costs a CPU as much as all others:
-    1.2 M parameters. `tiny` is `small` at a quarter of its width: 0.08 M. Their stems have stride 2.
+    `small` is ResNet-10 without its last stage, 1.2 M parameters, `tiny` a quarter as wide, 0.08 M. Both have
+    a stem of stride 2.
     """
     stride = 2 if name in ("small", "tiny") else 1
     if stride == 1:
@@ -188,9 +149,8 @@ def _small_image_resnet(name: str) -> torchvision.models.ResNet:
 class ProjectionHead(nn.Module):
     """DINO's head (Caron et al., 2021), MLP, L2 normalisation, linear layer: [B, in_dim] -> [B, out_dim].
 
-    The rows of `last_layer`'s weight are g v / |v|, g = 1 at first, by torch's parametrisation, which an EMA
-    teacher can deepcopy. So its keys are last_layer.parametrizations.weight.original0 (g, [out_dim, 1]) and
-    .original1 (v), where DINO has last_layer.weight_g and .weight_v; DINO's tools read only the backbone.
+    The rows of `last_layer`'s weight are g v / |v|, g = 1 at first; torch's parametrisation, which an EMA
+    teacher can deepcopy, calls g original0 and v original1 (DINO: weight_g and weight_v).
 
     Args:
         hidden_dim, bottleneck_dim, layers: of the MLP, with GELU between its layers.
@@ -239,12 +199,9 @@ class MultiCropNet(nn.Module):
         """V views [n, 3, H, W] of the same n images -> embeddings [V, n, D]. A tensor is one view: V = 1.
 
         Neighbours of one resolution go through the backbone as one batch, then all features through the head.
-        Raises ValueError for no views, or views of different numbers of images.
         """
         if isinstance(views, Tensor):
             views = [views]
-        if len({len(view) for view in views}) != 1:
-            raise ValueError(f"views must be of the same images, got batches of {[*map(len, views)]}")
         batches = [torch.cat([*group]) for _, group in groupby(views, key=lambda view: view.shape[2:])]
         features = torch.cat([self.backbone(batch) for batch in batches])  # [V * n, embed_dim]
         return self.head(features).unflatten(0, (len(views), -1))

@@ -24,7 +24,7 @@ from eval_knn import knn_accuracy  # noqa: E402
 
 
 def ours(bank, bank_labels, queries, query_labels, k, num_classes):
-    return knn_accuracy(bank, bank_labels, queries, query_labels, (k,), num_classes=num_classes)[k]
+    return knn_accuracy(bank, bank_labels, queries, query_labels, (k,))[k]
 
 
 @torch.no_grad()

@@ -93,7 +93,7 @@ def measure_rank(rank: int, world: int, folder: str) -> None:
     rows = []
     for dim in (128, 256, 512, 1024, 2048):
         for gram in (True, False):
-            auccl_loss.GRAM_WIDTH = 2048 if gram else 0
+            auccl_loss.GRAM_WIDTH, auccl_loss.GRAM_WIDTH_PER_RANK = 2048 if gram else 0, 0
             call = step(AUCCLLoss(), dim, IMAGES)
             call()  # compares a, b, alpha over ranks once, and loads what torch loads on first use
             assert record_collectives(call) == ours(world, dim, gram), (record_collectives(call), dim, gram)

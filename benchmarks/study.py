@@ -47,7 +47,7 @@ def parse_flags(config: Config, study: Study, common: list[str], folder: Path):
         args = cifar.parse_args(["--arch", "tiny", "--warmup_epochs", "0.5", "--epochs", str(study.epochs),
                                  *common, *own, "--output_dir", str(folder / config.name)])
         if config.loss != "AUCCLLoss":
-            utils.refuse(args, ("negative_weight", "margin_negative_weight", "score"), f"with {config.loss}")
+            utils.refuse(args, utils.OBJECTIVE, f"with {config.loss}")
     except utils.UserError as error:
         raise utils.UserError(f"run {config.name}: {error}") from error
     return args

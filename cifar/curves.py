@@ -22,8 +22,8 @@ MARKERS = {"a": "^", "b": "v"}
 
 
 def draw_curves(runs: dict, path: Path, title: str = "") -> None:
-    """Draws `runs`, name -> records, of which those of whole epochs count, into the picture `path`: PNG, PDF
-    or SVG. The untrained network's accuracy, if recorded (epoch -1), is a horizontal line."""
+    """Draws the epochs of `runs`, name -> records, into the picture `path`: PNG, PDF or SVG. The untrained
+    network's accuracy, if recorded (epoch -1), is a horizontal line."""
     import matplotlib  # slow to import, and not needed before a run's end
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

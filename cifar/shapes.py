@@ -4,11 +4,9 @@
 
 An image holds four drawings of one shape, one in each quadrant of a cloudy grey ground; the shape is the
 class. Place, size and angle are drawn anew for every drawing, so two crops of one image agree on the shape
-and on little else: that is what a contrastive method can find, and what neighbours in pixel space miss. What
-else could tell images apart is held equal: all drawings are light, all shapes cover the same area, and
-nothing has a tint but the noise (colours, and an arrangement of dark and light, are easier for two crops to
-agree on than the shape, and trainings learned those). Every shape is its own mirror image, so a flip keeps
-the class.
+and on little else: that is what a contrastive method can find, and what neighbours in pixel space miss. All
+drawings are light and without a tint, and all shapes cover the same area: colours, or dark and light, would
+be easier to agree on than the shape. Every shape is its own mirror image, so a flip keeps the class.
 
 The bits are meant to be the same on every machine: random numbers are PCG64's raw stream, which NumPy
 promises not to change, and become pixels by + - * / sqrt, comparison and rounding, which IEEE 754 fixes to
@@ -18,6 +16,7 @@ import numpy as np
 import torch
 
 PER_CLASS = {"train": 500, "test": 100}
+SIZE = 32                  # pixels a side
 SIDE = (0.22, 0.30)        # of the square with a drawing's area, in image sides
 JITTER = 0.05              # of a drawing's place about the middle of its quadrant, in image sides
 LIGHT = (0.85, 1.0)        # grey of a drawing
@@ -84,27 +83,13 @@ FIELDS = {"disc": _disc, "ring": _ring, "triangle": _triangle, "square": _square
 CLASSES = tuple(FIELDS)
 
 
-def draw_shapes(split, per_class=None, seed=0, size=32):
-    """Draws one split; the same arguments give the same bits.
-
-    split: "train" or "test", two independent streams of one seed. per_class: images of each class, by default
-    500 (train) and 100 (test). seed: int >= 0. size: pixels a side; under 16 the shapes are lost.
-
-    Returns images, uint8 [N, 3, size, size], and labels, int64 [N]: indices into CLASSES in turn (0, ..., 9,
-    0, ...), so that the first images are balanced too. ValueError for other arguments.
-    """
-    if split not in PER_CLASS:
-        raise ValueError(f"split must be one of {', '.join(PER_CLASS)}, not {split!r}")
-    per_class = PER_CLASS[split] if per_class is None else per_class
-    if per_class < 1:
-        raise ValueError(f"per_class must be at least 1, not {per_class}")
-    if size < 16:
-        raise ValueError(f"size must be at least 16 pixels, not {size}")
-
-    bits = np.random.PCG64((seed, list(PER_CLASS).index(split)))
-    count = per_class * len(CLASSES)
+def draw_shapes(split):
+    """The split "train" or "test", the same bits every time: images, uint8 [N, 3, SIZE, SIZE], and labels,
+    int64 [N], indices into CLASSES in turn (0, ..., 9, 0, ...), so that the first images are balanced too."""
+    bits = np.random.PCG64((0, list(PER_CLASS).index(split)))
+    count = PER_CLASS[split] * len(CLASSES)
     labels = np.arange(count) % len(CLASSES)
-    pixel = (np.arange(size, dtype=np.float32) + 0.5) / size                      # centres, in image sides
+    pixel = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE                      # centres, in image sides
 
     side = _uniform(bits, *SIDE, count, 4)
     cos, sin = _directions(bits, count, 4)
@@ -112,7 +97,7 @@ def draw_shapes(split, per_class=None, seed=0, size=32):
     left, top = quadrant + _uniform(bits, -JITTER, JITTER, 2, count, 4)
     grey = _uniform(bits, *LIGHT, count, 4)
 
-    images = _clouds(bits, count, pixel)                                          # [N, size, size]
+    images = _clouds(bits, count, pixel)                                          # [N, SIZE, SIZE]
     for label, field in enumerate(FIELDS.values()):
         across, up, unit_side = _measure(field)
         for drawing in range(4):
@@ -120,11 +105,11 @@ def draw_shapes(split, per_class=None, seed=0, size=32):
             x, y = pixel - of(left), of(top) - pixel[:, None]
             unit = of(side) / unit_side                                           # in image sides
             distance = field((of(cos) * x + of(sin) * y) / unit + across,
-                             (of(cos) * y - of(sin) * x) / unit + up)             # [n, size, size]
-            coverage = np.clip(0.5 - distance * unit * size, 0, 1)
+                             (of(cos) * y - of(sin) * x) / unit + up)             # [n, SIZE, SIZE]
+            coverage = np.clip(0.5 - distance * unit * SIZE, 0, 1)
             ground = images[label::len(CLASSES)]
             ground += coverage * (of(grey) - ground)
-    images = images[:, None] + NOISE * _noise(bits, (count, 3, size, size))        # [N, 3, size, size]
+    images = images[:, None] + NOISE * _noise(bits, (count, 3, SIZE, SIZE))        # [N, 3, SIZE, SIZE]
     images = np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8)
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
 

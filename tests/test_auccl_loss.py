@@ -433,7 +433,7 @@ def test_no_overflow_at_a_low_temperature_when_embeddings_collapse_at_once():
 
 @pytest.mark.parametrize("shapes, message", [
     ([(1, 4), (1, 4)], "at least two images"), ([(0, 4), (0, 4)], "at least two images"),
-    ([(3, 4), (3, 5)], "differ in shape"), ([(3, 4), (2, 4)], "differ in shape"),
+    ([(3, 4), (3, 5)], "one n and D"), ([(3, 4), (2, 4)], "one n and D"),
     ([(3,), (3,)], r"\[n, D\]")])
 def test_bad_embeddings(shapes, message):
     for criterion in (AUCCLLoss(), AUCCLLoss.preset("released-cifar")):
@@ -447,7 +447,7 @@ def test_bad_embeddings(shapes, message):
 
 
 @pytest.mark.parametrize("teacher, student, message", [
-    ((2, 1, 4), (3, 1, 4), "at least two images"), ((2, 3, 4), (3, 3, 5), "differ in shape"),
+    ((2, 1, 4), (3, 1, 4), "at least two images"), ((2, 3, 4), (3, 3, 5), "one n and D"),
     ((3, 3, 4), (2, 3, 4), "every teacher view"), ((1, 3, 4), (1, 3, 4), "every teacher view"),
     ((3, 4), (3, 4), r"\[views, n, D\]")])
 def test_bad_teacher_student(teacher, student, message):
@@ -457,9 +457,9 @@ def test_bad_teacher_student(teacher, student, message):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(learn=("a", "beta")), "beta"), (dict(score="angle"), "angle"), (dict(a=math.nan), "finite"),
+    (dict(learn=("a", "beta")), "beta"), (dict(score="angle"), "angle"),
     (dict(negative_weight="mean"), "mean"), (dict(margin_negative_weight=-1.0), "positive"),
-    (dict(margin=math.inf), "finite"), (dict(temperature=0.0), "temperature")])
+    (dict(temperature=0.0), "temperature")])
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         AUCCLLoss(**arguments)

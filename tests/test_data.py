@@ -227,7 +227,7 @@ def test_sets_that_cannot_be_read(tmp_path, monkeypatch):
     assert re.match("unknown data set 'cifar'; choose from folder, .*hfds", refused("cifar"))
     assert re.match(f"cannot read cifar10 in {tmp_path}: .*add --download", refused("cifar10"))
     monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: 1 / 0)
-    message = "cannot download cifar10 .*unpack https:.*cifar-10-python.tar.gz in .* by hand, or give .*folder"
+    message = "cannot download cifar10 .*unpack https:.*cifar-10-python.tar.gz in .* by hand, or .*folder"
     assert re.match(message, refused("cifar10", download=True))
     assert re.match("cannot read hfds/x in None: it comes over .*add --download", refused("hfds/x", None))
     monkeypatch.setattr(data.tv, "CIFAR10", lambda *args, **more: [(Image.new("L", (8, 8)), 0)])

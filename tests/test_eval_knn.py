@@ -10,7 +10,7 @@ import pytest
 import torch
 import torchvision
 from conftest import refusal, run_ranks
-from eval_knn import knn_accuracy, knn_sweep
+from eval_knn import knn_accuracy
 from neighbours import nearest_rows
 from pretrained import load_backbone
 from torch.nn.functional import normalize
@@ -50,12 +50,11 @@ def test_equals_brute_force_in_chunks_of_any_size(size, num_classes, queries, nu
     for module in (neighbours, eval_knn):
         monkeypatch.setattr(module, "NUMBERS", numbers)
     problem = *clusters(size, num_classes, seed=1), *clusters(20, num_classes, seed=2)
-    ks, temperatures = (200, 1, 5, 20, 5), (0.07, 0.5, 0.002)    # 200 is above two of the sizes
-    found = knn_sweep(*problem, ks, temperatures, num_classes)
-    assert list(found) == [(k, t) for k in (200, 1, 5, 20) for t in temperatures]
-    for (k, temperature), accuracy in found.items():
-        assert accuracy == pytest.approx(reference(*problem, k, temperature)), (k, temperature)
-    assert knn_accuracy(*problem, ks, 0.5) == {k: found[k, 0.5] for k in ks}
+    for temperature in (0.07, 0.5, 0.002):
+        found = knn_accuracy(*problem, (200, 1, 5, 20, 5), temperature)    # 200 is above two of the sizes
+        assert list(found) == [200, 1, 5, 20]
+        for k, accuracy in found.items():
+            assert accuracy == pytest.approx(reference(*problem, k, temperature)), (k, temperature)
 
 
 @pytest.mark.parametrize("dtype, scale", [
@@ -95,7 +94,7 @@ def test_top5_counts_only_classes_with_a_vote_under_any_names():
     for k in (1, 2, 3):
         voted = (labels[nearest[:, :k]] == truth[:, None]).any(1).double().mean().item() * 100
         for names in (torch.arange(12), torch.arange(12).flip(0), torch.arange(12) * 5 % 12):
-            accuracy = knn_accuracy(bank, names[labels], queries, names[truth], (k,), num_classes=12)
+            accuracy = knn_accuracy(bank, names[labels], queries, names[truth], (k,))
             assert accuracy[k][1] == pytest.approx(voted)
 
 
@@ -103,9 +102,8 @@ def test_several_ranks_share_the_queries_and_equal_one():
     bank, queries = clusters(101, 11, seed=1), clusters(17, 11, seed=2)
 
     def both():
-        settings = (1, 10, 200), (0.07, 0.5)
         few = queries[0][:2], queries[1][:2]                           # a rank of three has none
-        return knn_sweep(*bank, *queries, *settings), knn_sweep(*bank, *few, *settings)
+        return knn_accuracy(*bank, *queries, (1, 10, 200)), knn_accuracy(*bank, *few, (1, 10, 200))
     assert run_ranks(both, 3) == [both()] * 3
 
 
@@ -132,19 +130,17 @@ EYE, SIX = torch.eye(6), torch.arange(6)
 
 
 @pytest.mark.parametrize("bad, message", [
-    (dict(bank=torch.ones(6)), "bank and queries must"), (dict(queries=EYE[:, :5]), "bank and queries must"),
+    (dict(bank=torch.ones(6)), "bank features must"),
+    (dict(queries=EYE[:, :5]), r"query features .* \[6, 6\]"),
     (dict(bank=EYE.long()), "bank features must be floating point"),
-    (dict(bank=EYE[:0], bank_labels=SIX[:0]), "bank features must be .* some"),
-    (dict(queries=EYE[:0], query_labels=SIX[:0]), "query features must be .* some"),
-    (dict(bank_labels=SIX[:5]), "bank labels must be 6 integers"),
-    (dict(query_labels=SIX[:, None]), "query labels must be 6 integers"),
-    (dict(query_labels=SIX.float()), "query labels must be 6 integers"),
-    (dict(bank_labels=SIX - 1), "bank labels must lie in"),
-    (dict(num_classes=5), r"bank labels must lie in \[0, 5\), got 0 to 5"),
+    (dict(bank=EYE[:0], bank_labels=SIX[:0]), "bank features must be"),
+    (dict(queries=EYE[:0], query_labels=SIX[:0]), "query features must be"),
+    (dict(bank_labels=SIX[:5]), r"bank features must be floating point \[5, 6\]"),
+    (dict(query_labels=SIX[:, None]), "query labels must be integers"),
+    (dict(query_labels=SIX.float()), "query labels must be integers"),
+    (dict(bank_labels=SIX - 1), "bank labels must be integers >= 0"),
     (dict(bank=EYE / 0), "bank features are not finite"),
-    (dict(queries=EYE + torch.inf), "query features are not finite"),
-    (dict(ks=()), "k must be"), (dict(ks=(10, 0)), "k must be"),
-    (dict(temperature=0.0), "temperatures"), (dict(temperature=math.nan), "temperatures")])
+    (dict(queries=EYE + torch.inf), "query features are not finite")])
 def test_bad_input_is_named(bad, message):
     good = dict(bank=EYE, bank_labels=SIX, queries=EYE, query_labels=SIX)
     with pytest.raises(ValueError, match=message):
@@ -187,7 +183,7 @@ def test_the_script_against_plain_features(checkpoint, images, tmp_path, monkeyp
     printed = capsys.readouterr().out
     assert "k = 100, 200: the training set has 21 images; the result is of k = 21" in printed
     assert f"taking {checkpoint}" in printed and list(checkpoint.parent.iterdir()) == [checkpoint]
-    more = ("--nb_knn", 3, 10, 200, "--temperature", 0.05, 0.5, "--checkpoint_key", "student",
+    more = ("--nb_knn", 3, 10, 200, "--temperature", 0.5, "--checkpoint_key", "student",
             "--dump_features", tmp_path / "dumps")
     records = run(flags(checkpoint, images, *more), tmp_path / "new" / "folder")
 
@@ -201,14 +197,14 @@ def test_the_script_against_plain_features(checkpoint, images, tmp_path, monkeyp
     for name, expected in zip(("trainfeat", "trainlabels", "testfeat", "testlabels"), plain):
         found = torch.load(tmp_path / "dumps" / f"{name}.pth", weights_only=True)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert [(r["k"], r["temperature"]) for r in records] == [(k, t) for k in (3, 10, 21) for t in (0.05, 0.5)]
+    assert [(r["k"], r["temperature"]) for r in records] == [(k, 0.5) for k in (3, 10, 21)]
     for record in records:
         accuracy = knn_accuracy(*plain, (record["k"],), record["temperature"])
         assert (record["top1"], record["top5"]) == pytest.approx(accuracy[record["k"]])
         told = [record[x] for x in ("arch", "image_size", "checkpoint_key", "train_images", "test_images")]
         assert told == ["cifar/small", 32, "student", 21, 11]
     again = run(flags(checkpoint, images, "--nb_knn", 3), tmp_path / "new" / "folder")
-    assert len(again) == 7 and again[:6] == records
+    assert len(again) == 4 and again[:3] == records
 
 
 def test_dumps_round_trip(checkpoint, images, tmp_path):
@@ -217,7 +213,7 @@ def test_dumps_round_trip(checkpoint, images, tmp_path):
     load, features = ["--load_features", str(dumps)], dumps / "testfeat.pth"
     for one, two in zip(records, run([*load, "--device", "cpu"], tmp_path / "two"), strict=True):
         assert all(one[name] == two[name] for name in ("k", "temperature", "top1", "top5", "train_images"))
-    for content, message in ((torch.zeros(3, 5), str(dumps)), ({}, "testfeat.pth holds no tensor")):
+    for content, message in ((torch.zeros(3, 5), str(dumps)), ({}, "testfeat.pth is damaged or no tensor")):
         torch.save(content, features)
         assert message in refused(load)
     features.write_bytes(b"junk")
@@ -255,9 +251,8 @@ def test_two_ranks_equal_one(checkpoint, images, tmp_path, monkeypatch):
 @pytest.mark.parametrize("argv, message", [
     ("--random_weights --arch cifar/tiny", "--data_path is missing"),
     ("--random_weights --arch cifar/tiny --data_path /nowhere", "no folder /nowhere"),
-    ("--random_weights --checkpoint_key student", "--checkpoint_key cannot be used with --random_weights"),
-    ("--random_weights --pretrained_weights x.pth", "--pretrained_weights cannot be used with"),
-    ("--download", "--download cannot be used with --dataset folder"), ("--temperature 0", "--temperature"),
+    ("--random_weights --pretrained_weights x.pth", "give either --pretrained_weights or --random_weights"),
+    ("--temperature 0", "--temperature"),
     ("--load_features X --arch vit_tiny", "--arch cannot be used with --load_features"),
     ("--load_features X --data_path Y", "--data_path cannot be used with --load_features")])
 def test_mistakes_about_flags_and_data_are_one_line(argv, message):

@@ -177,7 +177,6 @@ def sets(monkeypatch, one_thread):
 
 GRID = ("--lr", "0.003", "0.03", "0.3", "--n_last_blocks", "1", "2")
 LBFGS = ("--solver", "lbfgs")
-EVALUATE = ("--evaluate", "--pretrained_linear")
 
 
 def flags(output, *more, images=None):
@@ -295,34 +294,14 @@ def test_two_ranks_equal_one(sets, tmp_path, monkeypatch, arguments, tolerance):
 
 def test_evaluate_gives_the_accuracy_of_the_run(sets, tmp_path):
     state, (*_, last), _ = run(tmp_path, *GRID)
-    output, head, dinos = tmp_path / "elsewhere", tmp_path / "checkpoint.pth.tar", tmp_path / "dino.pth"
-    record = run(output, *EVALUATE, head)
+    record = run(tmp_path, "--evaluate")
     for name in ("test_acc1", "test_acc5", "lr", "n_last_blocks"):
         assert record[name] == last[name]
     assert record["test_loss"] == pytest.approx(last["test_loss"], rel=1e-5)
-    assert (record["weights"], record["arch"], record["head"]) == ("random", "vit_tiny", str(head))
-    assert "another backbone" in refused(output, *EVALUATE, head, "--seed", "1")
-    assert "--n_last_blocks cannot be used" in refused(output, *EVALUATE, head, "--n_last_blocks", "3")
-    blocks = state["candidate"]["n_last_blocks"]  # DINO's files do not tell
-    weights = {f"module.{name}": value for name, value in state["state_dict"].items()}
-    torch.save({"state_dict": weights}, dinos)
-    again = run(output, *EVALUATE, dinos, "--n_last_blocks", blocks)
-    assert again["test_loss"] == record["test_loss"] and "lr" not in again
-    assert "size mismatch" in refused(output, *EVALUATE, dinos, "--n_last_blocks", 3 - blocks)
-
-
-def test_dinos_heads_see_class_and_mean_token_in_turn(sets, tmp_path, monkeypatch):
-    """Features made as DINO makes them, and its head on them, against our order of the columns."""
-    _, test = sets
-    head = torch.nn.Linear(2 * WIDTH, 5)
-    logits = head(torch.stack(test.features.split(WIDTH, 1), -1).flatten(1))
-    weights = {f"module.linear.{name}": value for name, value in head.state_dict().items()}
-    torch.save({"state_dict": weights}, tmp_path / "dino.pth")
-    monkeypatch.setattr(eval_linear, "fixed_features", lambda *args: (test.features, test.labels))
-    command = *EVALUATE, tmp_path / "dino.pth", "--avgpool_patchtokens", "true", "--n_last_blocks"
-    loss = F.cross_entropy(logits, test.labels).item()
-    assert run(tmp_path, *command, 1)["test_loss"] == pytest.approx(loss, rel=1e-5)
-    assert "--n_last_blocks 1" in refused(tmp_path, *command, 4)
+    assert (record["weights"], record["arch"]) == ("random", "vit_tiny")
+    assert "another backbone" in refused(tmp_path, "--evaluate", "--seed", "1")
+    utils.save_checkpoint({**state, "state_dict": {}}, tmp_path / "checkpoint.pth.tar")
+    assert "does not fit" in refused(tmp_path, "--evaluate")
 
 
 def test_the_mean_over_classes_decides_where_papers_use_it():
@@ -380,7 +359,7 @@ def test_augmentation_is_dinos():
 def test_probes_of_real_features_tell_bright_from_dark(images, tmp_path, one_thread, more):
     last = run(tmp_path, *more, images=images)[1][-1]
     assert last["test_acc1"] >= 80 and "n_last_blocks" not in last
-    evaluated = run(tmp_path, *EVALUATE, tmp_path / "checkpoint.pth.tar", images=images)
+    evaluated = run(tmp_path, "--evaluate", images=images)
     assert evaluated["test_acc1"] == last["test_acc1"]
 
 
@@ -408,11 +387,14 @@ def test_vit_features_are_dinos():
     backbone, x = VisionTransformer(24, 3, image_size=32).eval(), torch.randn(2, 3, 32, 32)
     candidates = [Candidate(n, pool) for n in (1, 3) for pool in (False, True)]
     features = eval_linear.FrozenFeatures(backbone, candidates)
-    tokens = backbone.get_intermediate_layers(x, 3)
+    ours, tokens = features(x), []
+    for block in backbone.blocks[-3:]:
+        block.register_forward_hook(lambda module, inputs, output: tokens.append(backbone.norm(output)))
+    backbone(x)
     for candidate in candidates:
         expected = [block[:, 0] for block in tokens[-candidate.n_last_blocks:]]
         expected += [tokens[-1][:, 1:].mean(1)] if candidate.avgpool_patchtokens else []
-        torch.testing.assert_close(features(x)[:, features.columns(candidate)], torch.cat(expected, 1))
+        torch.testing.assert_close(ours[:, features.columns(candidate)], torch.cat(expected, 1))
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -421,8 +403,6 @@ def test_vit_features_are_dinos():
     ("--shots 17", "6 training images of class"), ("--shots 1 --lr 0.1 0.2", "one image per class"),
     ("--shots 2 --fraction 0.1", "--shots and --fraction"), ("--fraction 1.5", "--fraction"),
     ("--solver lbfgs --lr 5", "--lr cannot be used with --solver lbfgs"),
-    ("--evaluate", "--pretrained_linear"), ("--pretrained_linear head.pth", "--evaluate"),
-    ("--evaluate --pretrained_linear head.pth --shots 2", "--shots cannot be used"),
-    ("--evaluate --pretrained_linear nowhere.pth", "no checkpoint at nowhere.pth")])
+    ("--evaluate --shots 2", "--shots cannot be used"), ("--evaluate", "no checkpoint at")])
 def test_a_mistake_is_one_clear_line(images, tmp_path, arguments, words):
     assert words in refused(tmp_path, *arguments.split(), images=images)

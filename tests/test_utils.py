@@ -130,7 +130,7 @@ def test_presets_fill_in_the_flags_that_are_not_given():
     args, parser = objective("--negative_weight", "sum")
     assert (args.learn, args.weights_lr, args.lr) == (["a", "b"], 0.1, 1e-3)
     assert utils.objective_arguments(args) == {"negative_weight": "sum", "learn": ("a", "b")}
-    assert "rate (default: 0.001 for paper, 0.01 for released-x)" in parser.format_help()
+    assert "rate (default: 0.001; 0.01 for released-x)" in parser.format_help()
     assert objective("--preset", "released-x", "--lr", "2")[0].lr == 2
     assert objective("--learn", "none")[0].learn == []
     for argv, message in ((["--preset", "released-x", "--score", "unit"], "--score cannot be used with"),
@@ -190,11 +190,11 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, end):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         utils.save_checkpoint({"x": torch.zeros(50_000)}, path)
-    for kept in ("", ". Its former content is intact"):
-        assert end(fill) == (2, f"error: cannot write {path}: File too large{kept}. Free space, then run the "
-                                "same command again\n")
+    for kept in (False, True):
+        assert end(fill) == (2, f"error: cannot write {path}: File too large. Its former content, if any, is "
+                                "intact. Free space, then run the same command again\n")
         assert not kept or utils.load_checkpoint(path) == {"x": 1}
-        assert list(tmp_path.iterdir()) == [path] * bool(kept)
+        assert list(tmp_path.iterdir()) == [path] * kept
         utils.save_checkpoint({"x": 1}, path)
     with pytest.raises(RuntimeError, match="a defect"):
         utils.replace_file(path, raises(RuntimeError("a defect")), "wb")
@@ -352,7 +352,8 @@ def test_a_full_disk_at_the_start_is_one_line_too(tmp_path, end, monkeypatch):
     monkeypatch.setattr(RecordWriter, "write", lambda self, data: raises(FULL)())  # called in a thread
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)         # pytest's is silent
     assert end(lambda: utils.RunLog(tmp_path, (0, 0))) == (
-        2, f"error: cannot write to {tmp_path}: {FULL.strerror}. Free space, then run the same command again\n")
+        2, f"error: cannot write to {tmp_path}: {FULL.strerror}. Free space, then run the same command "
+           "again\n")
 
 
 def test_a_record_in_a_line_and_columns_of_two_learning_rates(tmp_path, capsys):

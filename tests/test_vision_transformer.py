@@ -53,36 +53,6 @@ def test_vit_equals_timm():
     assert torch.equal(ours(wide), dynamic(wide))
 
 
-@torch.no_grad()
-def test_intermediate_layers():
-    vit, x, hidden = small_vit(), images(2, 32, 48), []
-    for block in vit.blocks:
-        block.register_forward_hook(lambda module, inputs, output: hidden.append(output))
-    layers = vit.get_intermediate_layers(x, 2)
-    assert [layer.shape for layer in layers] == [(2, 1 + 4 * 6, 192)] * 2
-    for layer, output in zip(layers, hidden[1:3], strict=True):
-        assert_close(layer, F.layer_norm(output, (192,), vit.norm.weight, vit.norm.bias, vit.norm.eps))
-    assert_close(layers[-1][:, 0], vit(x))
-    assert_close(vit.get_intermediate_layers(x)[0], layers[-1])
-    for n in (0, 4):
-        with pytest.raises(ValueError, match=f"1 to 3 blocks, got {n}"):
-            vit.get_intermediate_layers(x, n)
-
-
-@torch.no_grad()
-def test_last_selfattention_reproduces_the_fused_attention():
-    vit, x, seen = small_vit(), images(2, 32, 24), {}
-    last = vit.blocks[-1].attn
-    last.register_forward_hook(lambda module, inputs, output: seen.update(input=inputs[0], output=output))
-    vit(x)
-    attention = vit.get_last_selfattention(x)
-    assert attention.shape == (2, 3, 13, 13) and attention.std() > 0.05  # not uniform
-    assert_close(attention.sum(-1), torch.ones(2, 3, 13, dtype=torch.float64))
-    values = last.qkv(seen["input"])[..., -192:].view(2, 13, 3, 64)
-    mixed = torch.einsum("bhqk,bkhd->bqhd", attention, values).reshape(2, 13, 192)
-    assert_close(last.proj(mixed), seen["output"])
-
-
 def test_drop_path_rises_linearly():
     blocks = build_backbone("vit_tiny", image_size=32, drop_path_rate=0.22).blocks
     rates = [getattr(block.drop_path2, "drop_prob", 0.0) for block in blocks]
@@ -90,10 +60,6 @@ def test_drop_path_rises_linearly():
 
 
 def test_sizes_that_patches_do_not_tile():
-    for sides in (30, 32), (32, 30):
-        message = "multiples of the patch size 8, got {} x {} pixels".format(*sides)
-        with pytest.raises(ValueError, match=message):
-            small_vit()(images(1, *sides))
     for patch, size in (16, 100), (0, 224), (16, 0):
         with pytest.raises(ValueError, match=f"image size {size} is no multiple of the patch size {patch}"):
             build_backbone("vit_tiny", patch, size)
@@ -135,13 +101,10 @@ def test_timm_backbone_returns_features_of_embed_dim(name):
         assert backbone.state_dict().keys() == timm.create_model(name, num_classes=0).state_dict().keys()
 
 
-@pytest.mark.parametrize("arch, hint", [
-    ("vit_gigant", "did you mean vit_tiny "), ("resnet51", "did you mean resnet50 "),
-    ("cifar/smal", "did you mean cifar/small "), ("timm/convnext_tinny", "did you mean timm/convnext_tiny "),
-    ("convnext_tiny", "did you mean timm/convnext_tiny "), ("timm/hf-hub:owner/name", ""),
-    ("", "Choose from ")])
-def test_unknown_arch_is_named_before_its_patch_size(arch, hint):
-    with pytest.raises(ValueError, match=f"^unknown arch '{arch}': {hint}.*, cifar/tiny, or timm/NAME$"):
+@pytest.mark.parametrize("arch", ["vit_gigant", "cifar/smal", "timm/convnext_tinny", "convnext_tiny",
+                                  "timm/hf-hub:owner/name", ""])
+def test_unknown_arch_is_named_before_its_patch_size(arch):
+    with pytest.raises(ValueError, match=f"^unknown arch '{arch}'; choose from .*, or timm/NAME$"):
         build_backbone(arch, patch_size=0)
 
 
@@ -249,14 +212,11 @@ def test_multi_crop_equals_one_view_at_a_time(sizes, runs):
     assert batches == runs and heads == [3 * len(sizes)]
 
 
-def test_two_views_share_their_batch_norm_and_views_must_be_of_the_same_images():
+def test_two_views_share_their_batch_norm():
     network = MultiCropNet(build_backbone("cifar/tiny"), mlp_head(64, (8, 4)))
     views = [images(3, 32, seed=seed, dtype=torch.float32) for seed in (0, 1)]
     expected = network.head(network.backbone(torch.cat(views))).chunk(2)
     assert torch.equal(network(views), torch.stack(expected))
-    for bad in ([], [images(4, 32), images(12, 32)]):
-        with pytest.raises(ValueError, match="views must be of the same images"):
-            network(bad)
 
 
 def test_multi_crop_compiles_into_one_graph():

@@ -74,7 +74,7 @@ def test_patch_features_of_any_network(arch, shape):
     features = visualize.patch_features(backbone, images)
     assert features.shape == (2, *shape)
     if arch == "vit_tiny":
-        expected = backbone.get_intermediate_layers(images)[0][:, 1:]
+        expected, = backbone.get_intermediate_layers(images, norm=True)
         torch.testing.assert_close(features.flatten(1, 2), expected)
     else:                                                              # whose mean is the feature
         torch.testing.assert_close(features.mean((1, 2)), backbone(images), rtol=1e-4, atol=1e-5)
@@ -104,7 +104,8 @@ def test_attention_picture(photos, tmp_path, grids):
     backbone, _ = load_backbone(None, None, "vit_tiny", 8, 32, random_weights=True)
     mean, std = (torch.tensor(x) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     for (seen, _), *maps in rows:                                      # the image as the network sees it
-        attention = backbone.get_last_selfattention(((seen - mean) / std).movedim(-1, 0)[None])[0, :, 0, 1:]
+        image = ((seen - mean) / std).movedim(-1, 0)[None]
+        attention = visualize.last_attention(backbone, image)[0, :, 0, 1:]
         expected = 100 * torch.cat([attention.mean(0, keepdim=True), attention]).unflatten(1, (4, 4))
         found = torch.stack([values for values, _ in maps])
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
