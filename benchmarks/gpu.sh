@@ -20,7 +20,8 @@ if "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; th
     VIT="--batch_size 64 --runs 10" KNN="--runs 5" LINEAR="--num_workers 8 --runs 1 --epochs 2"
     CIFAR="--arch resnet18 --batch_size 256 --epochs 5 --lr 2e-3"
 else
-    DEVICE=cpu AMP=bf16 TESTS=tests/test_utils.py IMAGES=8 TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    DEVICE=cpu AMP=bf16 TESTS=tests/test_utils.py IMAGES=8
+    TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     export TORCHDYNAMO_DISABLE OMP_NUM_THREADS
     SIZES="--batch_size_per_gpu 8 --num_workers 0 --global_crops_size 32 --local_crops_size 16 --out_dim 256"
     OBJECTIVE="--images 64 --runs 1" AUGMENT="--batch_size 8 --repeats 1"

@@ -100,6 +100,11 @@ class FakeCuda(TorchDispatchMode):
             def __init__(self, device_type, *args, **more):
                 super().__init__("cpu", *args, **more)
         monkeypatch.setattr(torch, "autocast", autocast)
+        def enter(mode):  # inference tensors would need a version counter, which the subclass lacks
+            mode.without = torch.no_grad()
+            mode.without.__enter__()
+        monkeypatch.setattr(torch.inference_mode, "__enter__", enter)
+        monkeypatch.setattr(torch.inference_mode, "__exit__", lambda mode, *error: mode.without.__exit__(*error))
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: self.pin(x))
         load = torch.utils.data.DataLoader.__init__  # pins by a driver
 

@@ -84,13 +84,12 @@ def test_training_on_small_images(images, gpu, one_thread, tmp_path):
              "--batch_size", "10", "--epochs", "1", "--amp", "none", "--output_dir", str(tmp_path),
              "--device"]
     expected, _ = train(cifar, lambda device: cifar.Run(cifar.parse_args([*flags, "cpu"])), CPU)
-    features = cifar.features.__wrapped__(expected, expected.data.test)
-    with gpu, torch.no_grad():
-        with torch.enable_grad():
-            run, waits = train(cifar, lambda device: cifar.Run(cifar.parse_args([*flags, "cuda"])), CUDA, gpu)
-        found = cifar.features.__wrapped__(run, run.data.test)
+    features = cifar.features(expected, expected.data.test)
+    with gpu:
+        run, waits = train(cifar, lambda device: cifar.Run(cifar.parse_args([*flags, "cuda"])), CUDA, gpu)
+        found = cifar.features(run, run.data.test)
         assert_close(found.cpu(), features, rtol=TOLERANCE, atol=1e-4)
-        assert cifar.evaluate.__wrapped__(run)["test_auc"] > 0
+        assert cifar.evaluate(run)["test_auc"] > 0
         assert_close(run.sums.cpu(), expected.sums, rtol=TOLERANCE, atol=TOLERANCE)
     assert not waits
 
@@ -115,8 +114,8 @@ def test_evaluation(images, gpu, one_thread, monkeypatch):
 
     def evaluate(device):
         backbone.to(device)
-        (bank, labels), (queries, truth) = (
-            pretrained.extract_features.__wrapped__(backbone, split, device, 8) for split in splits)
+        (bank, labels), (queries, truth) = (  # clones, because autograd saves nothing of inference mode
+            [x.clone() for x in pretrained.extract_features(backbone, split, device, 8)] for split in splits)
         grid = eval_linear.HeadGrid([slice(0, bank.shape[1])] * 2, 3).to(device)
         optimizer, _ = eval_linear.make_sgd(grid, candidates, 8, 1)
         sums = eval_linear.sgd_epoch(grid, optimizer, [(bank[:8], labels[:8], 8), (bank[8:], labels[8:], 13)])
@@ -124,10 +123,9 @@ def test_evaluation(images, gpu, one_thread, monkeypatch):
         eval_linear.fit_logistic(grid.heads[0], bank, labels, 1e-2)
         return {"knn": torch.tensor(knn_accuracy(bank, labels, queries, truth, ks=(3, 20))[3]), "loss": loss,
                 "sums": sums, "fitted": eval_linear.measure(grid, queries, truth)["loss"][:1]}
-    with torch.no_grad(), torch.enable_grad():
-        expected = evaluate(CPU)
-        with gpu:
-            found = evaluate(CUDA)
+    expected = evaluate(CPU)
+    with gpu:
+        found = evaluate(CUDA)
     assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
