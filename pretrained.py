@@ -179,6 +179,8 @@ def _read_checkpoint(path, checkpoint_key):
 
 def _read_weights(path, checkpoint_key):
     """The weights of a file with the backbone's keys, and the fields of Description that the file tells."""
+    if path.exists() and not path.is_file():  # to open a FIFO would wait for ever
+        raise UserError(f"{path} is no regular file; name a file of weights")
     if path.suffix == ".safetensors":
         state, known = _read_safetensors(path)
     else:
@@ -316,5 +318,5 @@ def write_record(record: dict, path: Path | None = None) -> None:
     if distributed.rank() == 0:
         print(utils.format_record(record), flush=True)
         if path:
-            with open(path, "a") as file:
+            with utils.writing_to(path), open(path, "a") as file:
                 file.write(json.dumps(record) + "\n")

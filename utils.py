@@ -519,14 +519,14 @@ class RunLog:
         self.table = folder / table if table else None
         self.rows = read_table(self.table) if table and self.table.exists() else {}
         threading.excepthook = _thread_error
-        with _writing_to(folder):
+        with writing_to(folder):
             self.board = SummaryWriter(folder / "tensorboard",
                                        purge_step=position[0] * steps + position[1] + 1)
 
     def write(self, record: dict) -> None:
         self._print(record)
         self.records.append(record)
-        with _writing_to(self.path.parent):
+        with writing_to(self.path.parent):
             with open(self.path, "a+b") as file:
                 if file.tell():
                     file.seek(-1, os.SEEK_END)
@@ -555,11 +555,12 @@ class RunLog:
 
 
 @contextlib.contextmanager
-def _writing_to(folder: Path):
+def writing_to(place: Path):
+    """Names the file or folder in errors of writing, whose own texts do not: a full disk's, say."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {reason(error)}. Free space, then run the same command "
+        raise UserError(f"cannot write to {place}: {reason(error)}. Free space, then run the same command "
                         "again") from error
 
 

@@ -2,6 +2,7 @@
 import argparse
 import os
 import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,7 +10,7 @@ import torch
 import torchvision
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
 from conftest import Malicious, refusal, run_ranks
-from pretrained import Description, export_backbone, extract_features, load_backbone
+from pretrained import Description, export_backbone, extract_features, load_backbone, write_record
 from safetensors.torch import save_file
 from utils import load_checkpoint
 from vision_transformer import build_backbone
@@ -115,6 +116,7 @@ def files(vit, tmp_path_factory):
                        "args": {"arch": "tiny"}}),
             ("two", {"online": weights, "target": weights})):
         torch.save(state, folder / f"{name}.pth")
+    os.mkfifo(folder / "fifo.pth")
     for name in ("junk.pth", "junk.safetensors"):
         (folder / name).write_bytes(b"junk")
     return folder
@@ -129,6 +131,7 @@ def test_the_only_network_of_a_checkpoint_needs_no_name(files, capsys):
 
 @pytest.mark.parametrize("name, arguments, words", [
     ("away.pth", {}, "no checkpoint at .*away.pth"), ("a tensor.pth", {}, "is no checkpoint"),
+    ("fifo.pth", {}, "fifo.pth is no regular file; name"),
     ("junk.pth", {}, "junk.pth.*restore a copy"), ("junk.safetensors", {}, "junk.safe.*restore a copy"),
     ("none.pth", {}, "no network's weights, only epoch, optimizer"),
     ("cifar.pth", {"checkpoint_key": "teacher"}, "no network 'teacher'; choose --checkpoint_key student"),
@@ -197,3 +200,9 @@ def test_no_file_of_a_worker_outlives_its_batch(monkeypatch):
         return width_two(batch)
     labels = extract_features(watched, Numbers(200), CPU, batch_size=2, num_workers=2)[1]
     assert torch.equal(labels, torch.arange(200)) and max(opened[50:]) <= max(opened[:50]) + 10
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_full_disk_is_named_with_the_record():
+    message = refusal(write_record, {"top1": 1.0}, Path("/dev/full"))
+    assert message.startswith("cannot write to /dev/full: No space left on device. Free space")
