@@ -105,9 +105,7 @@ def test_views_and_small_batches_reach_the_gpu_without_a_wait(gpu):
         assert_close([view.cpu() for view in views], [*expected], rtol=0, atol=1e-2 if REAL else 1e-5)
 
 
-def test_evaluation(images, gpu, one_thread, monkeypatch):
-    # without inference mode, whose tensors the stand-in cannot hold
-    monkeypatch.setattr(pretrained, "feature_batches", pretrained.feature_batches.__wrapped__)
+def test_evaluation(images, gpu, one_thread):
     splits = build_splits("folder", images, eval_transform(32, (0.5,) * 3, (0.25,) * 3))
     backbone, _ = pretrained.load_backbone(None, arch="timm/test_vit", random_weights=True)
     candidates = [eval_linear.Candidate(lr=0.1), eval_linear.Candidate(lr=0.01)]
