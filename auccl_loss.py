@@ -46,9 +46,6 @@ from torch import Tensor, nn
 
 from released_losses import released_cifar, released_imagenet
 
-if dist.is_available():
-    from torch.distributed.nn.functional import all_reduce  # differentiable: its gradient is a sum over ranks
-
 SCORES = {"cosine": (1.0, 0.0), "unit": (0.5, 0.5)}  # name -> (s, t) of the score h = s cos + t
 WEIGHTS = ("a", "b", "alpha")
 GRAM_WIDTH, GRAM_WIDTH_PER_RANK = 512, 16  # up to this D ranks exchange Gram matrices, beyond it rows
@@ -277,8 +274,26 @@ def _world_size(gather: bool = True) -> int:
     return dist.get_world_size() if gather and dist.is_available() and dist.is_initialized() else 1
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """x -> its sum over ranks, the same on all; so is the gradient."""
+
+    @staticmethod
+    def forward(x):
+        total = x.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _SumOverRanks.apply(grad)
+
+
 def _mean_over_ranks(x: Tensor) -> Tensor:
-    return x if _world_size() == 1 else all_reduce(x) / _world_size()
+    return x if _world_size() == 1 else _SumOverRanks.apply(x) / _world_size()
 
 
 def _sum_over_ranks(count: int, *tensors: Tensor, gather: bool) -> list[int | Tensor]:
@@ -286,7 +301,7 @@ def _sum_over_ranks(count: int, *tensors: Tensor, gather: bool) -> list[int | Te
     if _world_size(gather) == 1:
         return [count, *tensors]
     tensors = [tensors[0].new_full((), count), *tensors]
-    flat = all_reduce(torch.cat([x.reshape(-1) for x in tensors]))
+    flat = _SumOverRanks.apply(torch.cat([x.reshape(-1) for x in tensors]))
     return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
 
 
@@ -300,7 +315,7 @@ def _gather_rows(x: Tensor, gather: bool) -> Tensor:
     dist.all_reduce(counts)
     counts = counts.tolist()  # the host waits
     before, after = sum(counts[:dist.get_rank()]), sum(counts[dist.get_rank() + 1:])
-    return all_reduce(nn.functional.pad(x, (0, 0, before, after)))
+    return _SumOverRanks.apply(nn.functional.pad(x, (0, 0, before, after)))
 
 
 def _takes_gram(rows: float, dim: int, gather: bool, gram: bool | None) -> bool:
@@ -415,7 +430,7 @@ class AUCCLLoss(nn.Module):
         own = log_mean_exp(anchors, others, temperature / s, **pairs) + t / temperature
         log_means = own.view(1)  # [ranks]
         if (world := _world_size()) > 1:
-            log_means = all_reduce(own * torch.eye(world, device=own.device)[dist.get_rank()])
+            log_means = _SumOverRanks.apply(own * torch.eye(world, device=own.device)[dist.get_rank()])
         now = log_means.detach()
         u = torch.where(self.u.isnan(), now.mean(), self.u.to(now)).maximum(now.max() - MAX_EXCESS)
         excess = (log_means - u).expm1().mean()  # E-[exp(h / T - u)] - 1

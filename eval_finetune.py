@@ -167,7 +167,8 @@ class Run:
         if distributed.world_size() > 1:
             if device.type == "cuda":  # torch has no SyncBatchNorm for CPUs
                 convert_sync_batchnorm(model)
-            self.network = DistributedDataParallel(model, broadcast_buffers=False)
+            self.network = DistributedDataParallel(model)
+            self.network.broadcast_buffers = False  # as an argument torch 2.14 deprecates it
         self.optimizer = build_optimizer(model, self.peak_lr, args.weight_decay, args.layer_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
         self.parts = {"model": model, "optimizer": self.optimizer, "scaler": self.scaler}
@@ -311,7 +312,7 @@ def train(args, device: torch.device) -> None:
     if first and log.records:
         exported = args.output_dir / "classifier.safetensors"
         pretrained.export_backbone(run.ema.module if run.ema else run.model, run.description, exported)
-        print(f"done: {utils.format_record(log.records[-1] | {'epoch': run.epoch})}\nweights: {exported}")
+        print(f"weights: {exported}", flush=True)
 
 
 def main(argv=None):

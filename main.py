@@ -221,7 +221,8 @@ class Run:
                 convert_sync_batchnorm(network)
         self.network = torch.compile(self.student) if args.compile else self.student  # what the step calls
         if world > 1:
-            self.network = DistributedDataParallel(self.network, broadcast_buffers=False)
+            self.network = DistributedDataParallel(self.network)
+            self.network.broadcast_buffers = False  # as an argument torch 2.14 deprecates it
         self.optimizer = build_optimizer(self)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
         self.parts = {"student": self.student, **({"teacher": self.teacher} if self.teacher else {}),

@@ -2,6 +2,7 @@
 import importlib.util
 import inspect
 import json
+import os
 import re
 
 import main
@@ -10,9 +11,10 @@ import pytest
 import timm
 import torch
 import utils
-from conftest import ROOT
+from conftest import ROOT, run_ranks
 from data import eval_transform
 from PIL import Image
+from vision_transformer import build_backbone
 
 SECTION = re.search(r"\n## Use in Python, export\n.*?```python\n(.*?)```(.*?)\n## ",
                     (ROOT / "README.md").read_text(), re.DOTALL)
@@ -21,7 +23,7 @@ ONNX = all(map(importlib.util.find_spec, ("onnx", "onnxscript")))
 
 @pytest.fixture(scope="module")
 def ran(images, tmp_path_factory):
-    """The names that the README's lines define, and the folder they ran in."""
+    """What the README's lines define, and the folder they ran in."""
     folder = tmp_path_factory.mktemp("readme")
     run = main.Run(main.parse_args([
         "--arch", "vit_tiny", "--local_crops_number", "0", "--out_dim", "16", "--batch_size_per_gpu", "2",
@@ -33,11 +35,15 @@ def ran(images, tmp_path_factory):
     Image.radial_gradient("L").resize((300, 260)).save(folder / "photo.jpg")
     lines = SECTION[1].splitlines()
     code = "\n".join(line for line in lines if ONNX or not line.startswith("torch.onnx"))
+    return run_ranks(execute, 1, code, folder)[0], folder, run.eval_backbone.eval()
+
+
+def execute(code, folder):
+    """In a process of its own: torch.export starts autograd's threads, after which no process may fork."""
+    os.chdir(folder)
     names = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        exec(code, names)
-    return names, folder, run.eval_backbone.eval()
+    exec(code, names)
+    return {name: names[name] for name in ("embedding", "model")}
 
 
 @pytest.fixture
@@ -62,6 +68,16 @@ def test_timm_and_torch_export_give_the_same_outputs(ran, batch):
         torch.testing.assert_close(names["model"].eval()(batch), expected)
     program = torch.export.load(folder / "OUT" / "backbone.pt2")
     torch.testing.assert_close(program.module()(batch), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_timm_resamples_the_position_embeddings_of_other_crop_sizes(tmp_path, batch):
+    backbone = build_backbone("vit_tiny", image_size=96).eval()
+    description = pretrained.Description("vit_tiny", 16, 96, main.IMAGENET_MEAN, main.IMAGENET_STD)
+    pretrained.export_backbone(backbone, description, tmp_path / "backbone.safetensors")
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, pretrained=True,
+                              pretrained_cfg_overlay={"file": str(tmp_path / "backbone.safetensors")})
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(batch), backbone(batch))
 
 
 @pytest.mark.skipif(not ONNX, reason="onnx and onnxscript are optional")
