@@ -142,22 +142,18 @@ def script(main):
     return SimpleNamespace(main=lambda arguments: main())
 
 
-def test_ranks_meet_again_in_a_store_that_outlives_them(tmp_path, monkeypatch):
-    """As torchrun restarts them: the store still holds the addresses of those that were killed."""
-    def main():
-        store = dist.TCPStore("localhost", int(os.environ["STORE"]), is_master=False)
-        monkeypatch.setattr(dist, "rendezvous", lambda *args, **more: iter([(store,)]))
+def test_a_restart_does_not_see_the_addresses_of_the_attempt_before(environment, monkeypatch):
+    """torchrun keeps its store, with those of the processes that ended."""
+    outliving, stores = dist.HashStore(), []
+    monkeypatch.setattr(dist, "rendezvous", lambda *args, **more: iter([(outliving,)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, store, **more: stores.append(store))
+    for waits_for_others in ("_check_address", "_notice_lost_hosts"):
+        monkeypatch.setattr(distributed, waits_for_others, lambda *args: None)
+    for attempt in ("0", "1"):
+        environment(WORLD_SIZE="2", RANK="0", TORCHELASTIC_RESTART_COUNT=attempt, **MEETING)
         distributed.init_distributed("cpu")
-        print(distributed.sum_of_floats(1))
-        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            os.kill(os.getpid(), signal.SIGKILL)
-        distributed.leave()
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    monkeypatch.setenv("STORE", str(store.port))
-    for attempt, code in (("0", -signal.SIGKILL), ("1", 0)):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        results = interrupt.run_ranks([], tmp_path, script(main), codes=(code, code))
-        assert [result.stdout for result in results] == ["[2.0]\n"] * 2
+        stores[-1].set("address", attempt)
+    assert [store.get("address") for store in stores] == [b"0", b"1"]
 
 
 def test_a_killed_rank_ends_the_others_within_seconds(tmp_path):
