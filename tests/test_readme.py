@@ -43,12 +43,12 @@ def execute(code, folder):
     os.chdir(folder)
     names = {}
     exec(code, names)
-    return {name: names[name] for name in ("embedding", "model")}
+    exported = torch.export.load("OUT/backbone.pt2").module()(more_images())
+    return {"embedding": names["embedding"], "model": names["model"], "exported": exported}
 
 
-@pytest.fixture
-def batch():
-    """More images than the example has."""
+def more_images():
+    """More than the example has."""
     return torch.randn(3, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 
 
@@ -61,34 +61,33 @@ def test_the_embedding_is_the_networks(ran):
     assert names["embedding"].shape == (1, 192)
 
 
-def test_timm_and_torch_export_give_the_same_outputs(ran, batch):
+def test_timm_and_torch_export_give_the_same_outputs(ran):
     names, folder, backbone = ran
     with torch.no_grad():
-        expected = backbone(batch)
-        torch.testing.assert_close(names["model"].eval()(batch), expected)
-    program = torch.export.load(folder / "OUT" / "backbone.pt2")
-    torch.testing.assert_close(program.module()(batch), expected, rtol=1e-4, atol=1e-4)
+        expected = backbone(more_images())
+        torch.testing.assert_close(names["model"].eval()(more_images()), expected)
+    torch.testing.assert_close(names["exported"], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_timm_resamples_the_position_embeddings_of_other_crop_sizes(tmp_path, batch):
+def test_timm_resamples_the_position_embeddings_of_other_crop_sizes(tmp_path):
     backbone = build_backbone("vit_tiny", image_size=96).eval()
     description = pretrained.Description("vit_tiny", 16, 96, main.IMAGENET_MEAN, main.IMAGENET_STD)
     pretrained.export_backbone(backbone, description, tmp_path / "backbone.safetensors")
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, pretrained=True,
                               pretrained_cfg_overlay={"file": str(tmp_path / "backbone.safetensors")})
     with torch.no_grad():
-        torch.testing.assert_close(model.eval()(batch), backbone(batch))
+        torch.testing.assert_close(model.eval()(more_images()), backbone(more_images()))
 
 
 @pytest.mark.skipif(not ONNX, reason="onnx and onnxscript are optional")
-def test_onnx_gives_the_same_outputs(ran, batch):
+def test_onnx_gives_the_same_outputs(ran):
     from onnx.reference import ReferenceEvaluator
     _, folder, backbone = ran
     evaluator = ReferenceEvaluator(str(folder / "OUT" / "backbone.onnx"))
     name, = evaluator.input_names
-    outputs, = evaluator.run(None, {name: batch.numpy()})
+    outputs, = evaluator.run(None, {name: more_images().numpy()})
     with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(outputs), backbone(batch), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(torch.from_numpy(outputs), backbone(more_images()), rtol=1e-3, atol=1e-3)
 
 
 def test_what_would_be_published_tells_how_images_are_normalised(ran, tmp_path):
