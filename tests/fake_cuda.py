@@ -104,7 +104,8 @@ class FakeCuda(TorchDispatchMode):
             mode.without = torch.no_grad()
             mode.without.__enter__()
         monkeypatch.setattr(torch.inference_mode, "__enter__", enter)
-        monkeypatch.setattr(torch.inference_mode, "__exit__", lambda mode, *error: mode.without.__exit__(*error))
+        monkeypatch.setattr(torch.inference_mode, "__exit__",
+                            lambda mode, *error: mode.without.__exit__(*error))
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: self.pin(x))
         load = torch.utils.data.DataLoader.__init__  # pins by a driver
 
