@@ -278,7 +278,7 @@ def test_help_does_not_import_torch():
                "    assert 'torch' not in sys.modules, script\n")
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.count("usage:") == 7, result.stderr
-    assert "2048 1024 for paper, 512 128 for released-cifar" in " ".join(result.stdout.split())
+    assert "2048 1024; 512 128 for released-cifar" in " ".join(result.stdout.split())
 
 
 # ------------------------------------------------------------------------------------------------- bad input
