@@ -118,10 +118,11 @@ def gather_uneven(rows: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def average_buffers(network):
     """Averages batch-norm running statistics over ranks: without SyncBatchNorm each rank has its own."""
-    if world_size() > 1:
-        for buffer in network.buffers():
-            if buffer.is_floating_point():
-                sum_over_ranks(buffer).div_(world_size())
+    buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+    if world_size() > 1 and buffers:
+        means = sum_over_ranks(torch.cat([buffer.flatten() for buffer in buffers])).div_(world_size())
+        for buffer, mean in zip(buffers, means.split([buffer.numel() for buffer in buffers])):
+            buffer.copy_(mean.view_as(buffer))
 
 
 def _join(url: str, rank: int, world: int, device: torch.device) -> None:
