@@ -1,18 +1,19 @@
-"""The highest k-NN accuracy on CIFAR-10 in one hour of two CPU cores, from random weights and without labels.
+"""k-NN accuracy on CIFAR-10 against the clock, on a CPU, from random weights and without labels.
 
     python cifar/speedrun.py                                            # CIFAR-10, downloaded if missing
-    python cifar/speedrun.py --dataset folder --data_path DIR --epochs 2       # class folders
+    python cifar/speedrun.py --dataset folder --data_path DIR           # class folders train/ and test/
 
-RESULT
-results/speedrun.md lists every trial. Accuracy is that of 10,000 test images by their 200 nearest among all
-50,000 training images (T = 0.07); time is that of the whole script. One file, to be read from top to bottom:
+77.0 % (67.2 % without whitening) in 52 minutes of one core: 3,142 s of CPU time, all included.
+One run, seed 0; Intel Xeon with AMX, bf16, OMP_NUM_THREADS=1, torch 2.14.1. Trials: results/speedrun.md.
+
+Accuracy is that of the 10,000 test images by their 200 nearest of all 50,000 training images (T = 0.07).
 
 1. A frozen first layer, the whitening transform of 3 x 3 patches, spares the network the learning of filters
-   and the backward pass through its largest layer.
+   and the backward pass through its largest images.
 2. A ResNet shaped for CPUs: the first layer halves the resolution, wide layers work on few pixels.
 3. The loss is AUC-CL's partial AUC (preset `hard`), optimised by Muon, one warm-up and one cosine.
 4. Features are those of an image and its mirror image, added, then whitened by the statistics of the training
-   images (no labels): k-NN compares directions, which the few largest components would decide alone.
+   images (no labels): otherwise a few large components decide which images are neighbours.
 """
 import json
 import math
@@ -38,7 +39,7 @@ def parse_args(argv=None):
     add("--dataset", default="cifar10", choices=("cifar10", "folder"), help="folder: class folders")
     add("--data_path", type=utils.path, default=Path(__file__).resolve().parent / "datasets",
         help="root of CIFAR-10, or the folder with train/ and test/")
-    add("--epochs", type=utils.positive_float, default=60.0, help="passes over the training images")
+    add("--epochs", type=utils.positive_float, default=14.0, help="passes over the training images")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--seed", type=utils.non_negative_int, default=0, help="seed of weights, order and views")
     add("--output", type=utils.path, help="file that the result is added to, as a line of JSON")
@@ -79,7 +80,7 @@ class Block(nn.Module):
     def __init__(self, width_in, width, stride):
         super().__init__()
         self.residual = nn.Sequential(
-            nn.Conv2d(width_in, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+            nn.Conv2d(width_in, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True),
             nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width))
         self.shortcut = nn.Identity() if width_in == width else nn.Sequential(
             nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
