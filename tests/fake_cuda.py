@@ -140,7 +140,8 @@ class FakeCuda(TorchDispatchMode):
 
     def wait(self, what):
         line = [f"{frame.filename}:{frame.lineno} {frame.line}" for frame in traceback.extract_stack()
-                if frame.filename.startswith(str(ROOT)) and frame.filename != __file__]
+                if frame.filename.startswith(str(ROOT)) and "site-packages" not in frame.filename
+                and frame.filename != __file__]
         self.waits.append(f"{what} at {line[-1].removeprefix(str(ROOT))}" if line else what)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
