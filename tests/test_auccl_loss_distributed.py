@@ -109,3 +109,10 @@ def test_local_negatives_with_averaged_gradients_also_of_copies_and_equal_starts
         torch.testing.assert_close(hard_u, u)
         torch.testing.assert_close(b_grads, sum(grads) / 2)  # yet the weights move together
         torch.testing.assert_close(center, 0.1 * sum(means) / 2)
+
+
+@pytest.mark.parametrize("dim, world, gram", [(512, 2, True), (513, 2, False), (1024, 63, False),
+                                              (1024, 64, True), (65536, 64, False)])
+def test_ranks_choose_gram_matrices_or_rows_alike(monkeypatch, dim, world, gram):
+    monkeypatch.setattr(auccl_loss, "_world_size", lambda gather=True: world)
+    assert {auccl_loss._takes_gram(rows, dim, True, None) for rows in (4, 10**6)} == {gram}
