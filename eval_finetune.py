@@ -162,7 +162,8 @@ class Run:
                            label_smoothing=args.smoothing, num_classes=self.num_labels)
 
         add_classifier(model, self.num_labels)
-        model.requires_grad_(True).to(device, memory_format=torch.channels_last)
+        model.requires_grad_(True)
+        model.to(device, memory_format=utils.memory_format(model, device, self.amp_dtype))
         self.model = self.network = model
         if distributed.world_size() > 1:
             if device.type == "cuda":  # torch has no SyncBatchNorm for CPUs
@@ -318,7 +319,7 @@ def train(args, device: torch.device) -> None:
 def main(argv=None):
     args = parse_args(argv)
     device = distributed.init_distributed(args.device, args.dist_url)
-    torch.backends.cudnn.deterministic = True  # the same command gives the same bits
+    utils.set_backends(device, deterministic=True)
     if args.amp == "auto":  # a resume on other hardware must do the same
         args.amp = "bf16" if utils.select_amp("auto", device) else "none"
     with closing(utils.lock_folder(args.output_dir)) if distributed.rank() == 0 else nullcontext():

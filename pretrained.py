@@ -287,8 +287,10 @@ def extract_features(network, dataset, device, batch_size=128, num_workers=0, am
 
 def checksum(backbone: torch.nn.Module) -> int:
     """Tells backbones apart, whatever their files are called."""
-    weights = (value.float().cpu().numpy().tobytes() for value in backbone.state_dict().values())
-    return zlib.crc32(b"".join(weights))
+    total = 0
+    for value in backbone.state_dict().values():
+        total = zlib.crc32(value.float().cpu().numpy().tobytes(), total)
+    return total
 
 
 def load_from_flags(args, drop_path_rate=0.0):

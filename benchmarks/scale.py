@@ -6,7 +6,6 @@ Counts come from formulas, which are first held against the collectives of gloo 
 of NCCL on hosts of eight GPUs with published latencies and bandwidths (results/scale.md). The variable makes
 freed memory go back to the system, so that peaks count.
 """
-import os
 import sys
 import tempfile
 from functools import partial

@@ -117,11 +117,15 @@ def build_optimizer(network, criterion):
 def train(backbone, images, args, device, amp_dtype):
     """Trains the backbone, with a projector that is then thrown away. images: uint8 [N, 3, 32, 32]."""
     projector = mlp_head(WIDTHS[-1], PROJECTOR)
-    network = nn.Sequential(backbone, projector).to(device, memory_format=torch.channels_last).train()
+    network = nn.Sequential(backbone, projector).train()
+    network.to(device, memory_format=utils.memory_format(network, device, amp_dtype))
     criterion = AUCCLLoss.preset("hard").to(device)
     optimizer, augment = build_optimizer(network, criterion), SimCLRAugmentation(images.shape[-1])
     generator = torch.Generator().manual_seed(utils.stream_seed(args.seed))
     steps, epoch, start = round(args.epochs * (len(images) // BATCH)), 0, time.monotonic()
+    if steps == 0:
+        raise utils.UserError(f"{args.epochs:g} epochs of {len(images)} images are no step of {BATCH}; "
+                              "raise --epochs, or add images")
     batches = iter(())
     for step in range(steps):
         if (batch := next(batches, None)) is None:
@@ -131,7 +135,7 @@ def train(backbone, images, args, device, amp_dtype):
             group["lr"] = utils.cosine_schedule(step, steps, group["peak"], 0.0, round(WARM_UP * steps))
         views = augment(images[batch].to(device, non_blocking=True), generator, VIEWS)  # V of [B, 3, 32, 32]
         with utils.autocast(device, amp_dtype):
-            embeddings = network(torch.cat(views).to(memory_format=torch.channels_last))          # [V B, D]
+            embeddings = network(torch.cat(views))                                # [V B, D]
         loss = criterion(*embeddings.float().chunk(VIEWS))
         optimizer.zero_grad()
         loss.backward()
@@ -151,7 +155,7 @@ def extract(backbone, images, device, amp_dtype):
     """Unit features of every image and of its mirror image, added: uint8 [N, 3, 32, 32] -> [N, F]."""
     features = []
     for batch in images.split(500):
-        batch = normalize(batch.to(device), CIFAR_MEAN, CIFAR_STD).to(memory_format=torch.channels_last)
+        batch = normalize(batch.to(device), CIFAR_MEAN, CIFAR_STD)
         with utils.autocast(device, amp_dtype):
             both = [F.normalize(backbone(x).float(), dim=1) for x in (batch, batch.flip(3))]
         features.append(sum(both))
@@ -170,6 +174,9 @@ def main(argv=None):
     args, start = parse_args(argv), time.monotonic()
     device = utils.select_device(args.device)
     amp_dtype = utils.select_amp("auto", device)
+    utils.set_backends(device, deterministic=False)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     data = load_data(args.dataset, args.data_path, None)
     backbone = build_backbone(data.train[:2000])

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from augmentations import CIFAR_MEAN, CIFAR_STD, normalize
 from cifar import speedrun
-from conftest import assert_same, write_noise
+from conftest import assert_same, refusal, write_noise
 from torch.testing import assert_close
 
 CPU = torch.device("cpu")
@@ -69,6 +69,8 @@ def test_a_run_trains_all_but_the_first_layer_and_repeats(tmp_path, monkeypatch,
     assert_same(first.state_dict(), second.state_dict())
     changed = {name for name, value in first.named_parameters() if not torch.equal(value, before[name])}
     assert changed == set(before) & {name for name, _ in first.named_parameters()} - {"0.weight"}
+    short = ["--dataset", "folder", "--data_path", str(folder), "--epochs", "0.1", "--device", "cpu"]
+    assert "0.1 epochs of 24 images are no step of 8" in refusal(speedrun.main, short)
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(records) == 2 and records[0]["whitened"] == records[1]["whitened"] >= 50
     assert "k-NN accuracy" in capsys.readouterr().out
