@@ -30,8 +30,13 @@ With a temperature T, the margin term faces the hardest negatives (partial AUC) 
                          = min over u of T (E-[exp(h / T - u)] + u - 1)                               (2)
 
 The last form stands in L, with u from earlier batches: it is a mean over pairs, so that minibatch gradients
-stay unbiased; the log of a batch's mean is biased. T to infinity is (1). The exponentials need the matrix of
-cosines, but any part of the pairs will do: those of this rank, and of large batches those within blocks.
+stay unbiased; the log of a batch's mean is biased. T to infinity is (1). Another way to weigh hard negatives
+is a fourth moment beside the spread, also a mean over pairs; a, b and alpha have the saddle of (1):
+
+    L + rho E-[cos^4]                                                                                 (3)
+
+Both need the matrix of cosines, but any part of the pairs will do: those of this rank, and in large batches
+those within blocks.
 """
 import itertools
 import math
@@ -49,14 +54,14 @@ from released_losses import released_cifar, released_imagenet
 SCORES = {"cosine": (1.0, 0.0), "unit": (0.5, 0.5)}  # name -> (s, t) of the score h = s cos + t
 WEIGHTS = ("a", "b", "alpha")
 GRAM_WIDTH, GRAM_WIDTH_PER_RANK = 512, 16  # up to this D ranks exchange Gram matrices, beyond it rows
-BLOCK = 1024      # views within which (2) takes its pairs
+BLOCK = 1024      # views within which (2) and (3) take their pairs
 DECAY = 0.9       # of the moving average u, per call
 MAX_EXCESS = 10   # of a batch's log-mean-exp over u; beyond it u jumps, lest exp(h / T - u) overflow
 
 
 class PairMoments(NamedTuple):
     """Moments of the cosine over positive and negative pairs; `negatives` counts those per anchor. `hardest`
-    is (2) for the score; without it the margin term takes the negatives' mean."""
+    is (2) for the score; without it the margin term takes the negatives' mean. `fourth` is E-[cos^4]."""
 
     positive_mean: Tensor
     positive_square: Tensor
@@ -64,6 +69,7 @@ class PairMoments(NamedTuple):
     negative_square: Tensor
     negatives: int | Tensor
     hardest: Tensor | None = None
+    fourth: Tensor | None = None
 
     def of_score(self, score: str) -> "PairMoments":
         """The moments of the score h = s cos + t."""
@@ -158,8 +164,8 @@ def teacher_student_moments(teacher: Tensor, student: Tensor, gather: bool = Tru
     return PairMoments(*(own / anchors), *((pairs - own) / (anchors * negatives)), negatives)
 
 
-def log_mean_exp(anchors, others, temperature: float, same_view: bool = False) -> Tensor:
-    """log E-[exp(cos / temperature)] over this rank's negative pairs, a 0-dim tensor.
+def negative_cosines(anchors, others, same_view: bool = False):
+    """Yields this rank's pairs in parts: cosines [U, V, m, m], which are of negative pairs, their number.
 
     anchors, others: unit rows, U and V times [n, D]. same_view: whether view u < U of one image and view u
     of another are a pair. Images whose views exceed BLOCK are split, and pairs taken within each part alone.
@@ -168,20 +174,35 @@ def log_mean_exp(anchors, others, temperature: float, same_view: bool = False) -
     (u, n, _), v = anchors.shape, len(others)
     couples = ~torch.eye(u, v, dtype=torch.bool, device=anchors.device) | same_view  # [U, V]
     parts = max(1, min(-(-v * n // BLOCK), n // 2))
-    means, pairs = [], 0
     for x, y in zip(anchors.tensor_split(parts, 1), others.tensor_split(parts, 1)):
         m = x.shape[1]
-        logits = torch.einsum("uid,vjd->uvij", x, y) / temperature  # [U, V, m, m]
         negative = couples[..., None, None] & ~torch.eye(m, dtype=torch.bool, device=x.device)
-        means.append(logits.masked_fill(~negative, -math.inf).logsumexp((0, 1, 2, 3)))
-        pairs += (u * v if same_view else u * (v - 1)) * m * (m - 1)
-    return torch.stack(means).logsumexp(0) - math.log(pairs)
+        number = (u * v if same_view else u * (v - 1)) * m * (m - 1)
+        yield torch.einsum("uid,vjd->uvij", x, y), negative, number
+
+
+def log_mean_exp(anchors, others, temperature: float, same_view: bool = False) -> Tensor:
+    """log E-[exp(cos / temperature)] over the pairs of `negative_cosines`, a 0-dim tensor."""
+    sums, count = [], 0
+    for cosines, negative, number in negative_cosines(anchors, others, same_view):
+        sums.append((cosines / temperature).masked_fill(~negative, -math.inf).logsumexp((0, 1, 2, 3)))
+        count += number
+    return torch.stack(sums).logsumexp(0) - math.log(count)
+
+
+def fourth_moment(anchors, others, same_view: bool = False) -> Tensor:
+    """E-[cos^4] over the pairs of `negative_cosines`, a 0-dim tensor."""
+    total, count = 0, 0
+    for cosines, negative, number in negative_cosines(anchors, others, same_view):
+        total = total + (cosines.square().square() * negative).sum()
+        count += number
+    return total / count
 
 
 def auc_objective(moments: PairMoments, a, b, alpha, margin=1.0, negative_weight=1.0,
                   margin_negative_weight=1.0) -> Tensor:
     """Equation (1) from the moments of the score; a 0-dim tensor. Weights are numbers or 0-dim tensors."""
-    positive_mean, positive_square, negative_mean, negative_square, _, hardest = moments
+    positive_mean, positive_square, negative_mean, negative_square, _, hardest, _ = moments
     hardest = negative_mean if hardest is None else hardest
     positive_spread = positive_square + a * (a - 2 * positive_mean)  # E+[(h - a)^2]
     negative_spread = negative_square + b * (b - 2 * negative_mean)
@@ -329,7 +350,7 @@ def _takes_gram(rows: float, dim: int, gather: bool, gram: bool | None) -> bool:
 # ----------------------------------------------------------------------------------------------- the modules
 
 class AUCCLLoss(nn.Module):
-    """Equation (1) of this file, or (2). The primal weights a, b and the dual weight alpha are parameters.
+    """Equation (1), (2) or (3). The primal weights a, b and the dual weight alpha are parameters.
 
     Any optimiser that descends does descent-ascent: alpha's gradient is reversed, and b's is divided by nu,
     so that plain steps on all three are stable below a learning rate of 1 (the curvature in b is 2 nu).
@@ -342,6 +363,7 @@ class AUCCLLoss(nn.Module):
             a student that faces a teacher: with kappa = nu > 1, collapse to one negative cosine has loss 0.
         temperature: T of (2); None is (1). The buffer u is the log of a moving average of E-[exp(h / T)] over
             earlier calls in training mode; E- is over pairs within each rank, then over ranks.
+        fourth_moment: rho of (3); its E- is likewise. 0 is (1).
         learn: which of a, b, alpha are learned; the others are held at their initial values.
         score: "cosine", h = cos, or "unit", h = (1 + cos) / 2.
         gather: negatives from all ranks when a process group is up; False keeps to this rank's, and averages
@@ -350,23 +372,26 @@ class AUCCLLoss(nn.Module):
     With nu and kappa independent of the batch, minibatch gradients are unbiased estimates of the population's
     at any batch size: pair means are U-statistics. (Batch norm in training mode breaks this.) Embeddings are
     normalised inside; moments are float32 at least, also under autocast. ValueError for fewer than two images
-    (with a temperature, on any rank) or views, mismatched shapes and non-floating input.
+    (for (2) and (3): on any rank) or views, mismatched shapes and non-floating input.
     """
 
     def __init__(self, a: float = 1.0, b: float = 0.0, alpha: float = 1.0, margin: float = 1.0,
                  negative_weight: float | str = 16.0, margin_negative_weight: float | str = 1.0,
-                 temperature: float | None = None, learn: tuple[str, ...] = WEIGHTS, score: str = "cosine",
-                 gather: bool = True):
+                 temperature: float | None = None, fourth_moment: float = 0.0,
+                 learn: tuple[str, ...] = WEIGHTS, score: str = "cosine", gather: bool = True):
         super().__init__()
         if not {*learn} <= {*WEIGHTS} or score not in SCORES:
             raise ValueError(f"learn may hold {WEIGHTS}, score is one of {[*SCORES]}; got {learn}, {score!r}")
         for value in (negative_weight, margin_negative_weight, 1 if temperature is None else temperature):
             if value != "sum" and not 0 < float(value) < math.inf:
                 raise ValueError(f"negatives' weights and the temperature must be positive, got {value}")
+        if not 0 <= fourth_moment < math.inf:
+            raise ValueError(f"the weight of the fourth moment must not be negative, got {fourth_moment}")
         for name, value in zip(WEIGHTS, (a, b, alpha)):
             setattr(self, name, nn.Parameter(torch.tensor(float(value)), requires_grad=name in learn))
         self.margin, self.score, self.gather, self.temperature = float(margin), score, gather, temperature
         self.negative_weight, self.margin_negative_weight = negative_weight, margin_negative_weight
+        self.fourth_moment, self.takes_own_pairs = fourth_moment, temperature is not None or fourth_moment > 0
         if temperature is not None:
             self.register_buffer("u", torch.tensor(math.nan))  # until the first batch
         self.means = None  # [2], detached: positive and negative mean score of the last call
@@ -385,21 +410,21 @@ class AUCCLLoss(nn.Module):
     @exact_products()
     def forward(self, *views: Tensor) -> Tensor:
         """Symmetric form. views: V >= 2 of n images, [n, D] each, gradient through all; a 0-dim tensor."""
-        _check_views(views, 2, _world_size(self.gather and self.temperature is None))
+        _check_views(views, 2, _world_size(self.gather and not self.takes_own_pairs))
         with torch.autocast(views[0].device.type, enabled=False):
             z = [unit_rows(view) for view in views]
             moments = symmetric_moments(*z, gather=self.gather)
-            return self._objective(moments._replace(hardest=self._hardest(z, z, same_view=True)))
+            return self._objective(self._with_own_pairs(moments, z, z, same_view=True))
 
     @exact_products()
     def teacher_student(self, teacher: Tensor, student: Tensor) -> Tensor:
         """Multi-crop form, the mean over couples of different views; a 0-dim tensor. teacher: [U, n, D] of
         the global views, without gradient; student: [V, n, D] of all views, the first U are the teacher's."""
-        _check_views((teacher, student), 3, _world_size(self.gather and self.temperature is None))
+        _check_views((teacher, student), 3, _world_size(self.gather and not self.takes_own_pairs))
         with torch.autocast(student.device.type, enabled=False):
             teacher, student = unit_rows(teacher.detach()), unit_rows(student)
             moments = teacher_student_moments(teacher, student, self.gather)
-            return self._objective(moments._replace(hardest=self._hardest(teacher, student)))
+            return self._objective(self._with_own_pairs(moments, teacher, student))
 
     def param_groups(self, lr: float) -> list[dict]:
         """Optimiser group of the learned weights, without weight decay; none if all are held."""
@@ -420,13 +445,20 @@ class AUCCLLoss(nn.Module):
         a, b, alpha = self._weights(moments.positive_mean)
         self._check_range(alpha, kappa)
         b, alpha = _scale_gradient(b, 1 / nu), _scale_gradient(alpha, -1)
-        return auc_objective(moments, a, b, alpha, self.margin, nu, kappa)
+        loss = auc_objective(moments, a, b, alpha, self.margin, nu, kappa)
+        return loss if moments.fourth is None else loss + self.fourth_moment * moments.fourth
 
-    def _hardest(self, anchors, others, **pairs) -> Tensor | None:
+    def _with_own_pairs(self, moments: PairMoments, *branches, **pairs) -> PairMoments:
+        """The moments with those that (2) and (3) take from the pairs of each rank."""
+        if self.temperature is not None:
+            moments = moments._replace(hardest=self._hardest(*branches, **pairs))
+        if self.fourth_moment:
+            moments = moments._replace(fourth=_mean_over_ranks(fourth_moment(*branches, **pairs)))
+        return moments
+
+    def _hardest(self, anchors, others, **pairs) -> Tensor:
         """T (E-[exp(h / T - u)] + u - 1), where E- is the mean over ranks of their means; then u moves."""
         (s, t), temperature = SCORES[self.score], self.temperature
-        if temperature is None:
-            return None
         own = log_mean_exp(anchors, others, temperature / s, **pairs) + t / temperature
         log_means = own.view(1)  # [ranks]
         if (world := _world_size()) > 1:
@@ -521,6 +553,8 @@ PRESETS = {
     "paper": AUCCLLoss,
     # (2); not from the paper. b is held at 0: one that follows E-[h] lets all embeddings share a direction.
     "hard": partial(AUCCLLoss, temperature=0.1, negative_weight=8.0, learn=("a", "alpha")),
+    # (3); not from the paper either
+    "quartic": partial(AUCCLLoss, negative_weight=8.0, fourth_moment=80.0),
     "poster": partial(AUCCLLoss, negative_weight="sum", margin_negative_weight="sum", learn=("b", "alpha")),
     "released-cifar": partial(ReleasedCIFARLoss, a=10.0, learn=("b",), gather=False),
     "released-imagenet": partial(ReleasedImageNetLoss, a=10.0, learn=(), gather=False),

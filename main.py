@@ -25,6 +25,7 @@ RECIPES = {
                               erasing=0.2),
 }
 RECIPES["hard"] = RECIPES["paper"] | {"learn": ("a", "alpha")}
+RECIPES["quartic"] = RECIPES["paper"]
 RECIPES["poster"] = RECIPES["paper"] | {"learn": ("b", "alpha")}
 FREE_ON_RESUME = ("output_dir", "data_path", "deterministic", "device", "dist_url", "local_rank",
                   "num_workers", "print_freq", "save_every", "saveckp_freq", "knn_every", "knn_data_path",

@@ -63,18 +63,6 @@ class ClosedForm(AUCCLLoss):
         return super()._objective(moments)
 
 
-class FourthMoment(AUCCLLoss):
-    """AUC-CL with `weight` times E-[cos^4] added, which large negative cosines dominate."""
-
-    def __init__(self, weight: float, **options):
-        super().__init__(**options)
-        self.weight = weight
-
-    def forward(self, *views: Tensor) -> Tensor:
-        _, cosines, negative = negative_cosines(*views)
-        return super().forward(*views) + self.weight * (cosines.pow(4) * negative).sum() / negative.sum()
-
-
 class PerAnchor(AUCCLLoss):
     """AUC-CL that weighs the negatives' spread of anchor z by 1 / (z . C z), mean 1: as in a softmax, every
     anchor is measured by its own negatives. C is the Gram matrix of earlier batches, a moving average."""
@@ -85,22 +73,17 @@ class PerAnchor(AUCCLLoss):
         self.decay = decay
 
     def forward(self, *views: Tensor) -> Tensor:
-        z, cosines, negative = negative_cosines(*views)
-        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            weights = 1 / ((z @ self.gram) * z).sum(1).clamp(min=1e-6)      # [V n]; equal on the first batch
-            weights = weights / weights.mean()
-            self.gram.lerp_(z.T @ z / len(z), 1 - self.decay)
-        spread = ((cosines - self.b.detach()).square() * negative).sum(1) / negative.sum(1)
+        with torch.autocast(views[0].device.type, enabled=False):
+            z = torch.cat([unit_rows(view) for view in views])              # [V n, D]
+            same_image = torch.eye(len(views[0]), dtype=torch.bool, device=z.device)
+            negative = ~same_image.repeat(len(views), len(views))           # [V n, V n]
+            with torch.no_grad():
+                weights = 1 / ((z @ self.gram) * z).sum(1).clamp(min=1e-6)  # [V n]; equal on the first batch
+                weights = weights / weights.mean()
+                self.gram.lerp_(z.T @ z / len(z), 1 - self.decay)
+            spread = ((z @ z.T - self.b.detach()).square() * negative).sum(1) / negative.sum(1)
         return super().forward(*views) + self.negative_weight * ((weights - 1) * spread).mean()
 
 
-def negative_cosines(*views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit rows of all V views [V n, D], their cosines [V n, V n] and which of these are negative pairs."""
-    with torch.autocast(views[0].device.type, enabled=False):
-        z = torch.cat([unit_rows(view) for view in views])
-        same_image = torch.eye(len(views[0]), dtype=torch.bool, device=z.device)
-        return z, z @ z.T, ~same_image.repeat(len(views), len(views))
-
-
-OURS = {"ClosedForm": ClosedForm, "FourthMoment": FourthMoment, "PerAnchor": PerAnchor,
-        "Hard": partial(AUCCLLoss.preset, "hard")}
+OURS = {"ClosedForm": ClosedForm, "PerAnchor": PerAnchor, "Hard": partial(AUCCLLoss.preset, "hard"),
+        "FourthMoment": lambda weight, **options: AUCCLLoss(fourth_moment=weight, **options)}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils
 
@@ -64,6 +65,38 @@ def matrix_rate(dtype: torch.dtype, device="cpu", runs: int = 10) -> float:
     size = 2048 if device == "cpu" else 8192
     x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / min(alternate({"product": lambda: x @ y}, runs, warmup=2)["product"][0])
+
+
+PRODUCTS = "mm", "addmm", "bmm", "baddbmm", "convolution", "scaled_dot_product"
+
+
+class RecordProducts(TorchDispatchMode):
+    """Keeps the matrix products, convolutions and fused attentions of a step, with their tensors. Called, it
+    repeats them and nothing else: the least time that the step can take with the library's kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__.lstrip("_").startswith(PRODUCTS):
+            self.calls.append((function, args, kwargs or {}))
+        return function(*args, **kwargs or {})
+
+    @torch.no_grad()
+    def __call__(self):
+        for function, args, kwargs in self.calls:
+            function(*args, **kwargs)
+
+
+def time_shares(step, least: float = 2.0) -> str:
+    """The operations that take at least `least` % of a step's time on the CPU, the largest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    times = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in profile.key_averages()}
+    shares = {name: 100 * time / sum(times.values()) for name, time in times.items()}
+    largest = sorted(shares.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {share:.0f} %" for name, share in largest if share >= least)
 
 
 def extra_memory(prepare, *args, device="cpu") -> float:

@@ -5,9 +5,9 @@
     python benchmarks/pretraining_step.py --device cuda --batch_size 64 --runs 20
 
 Ours is main.py's own step, bf16 where the hardware has it, without the wait for data. It is held against the
-same step in float32. Steps alternate, medians count. Operations are counted by torch, a multiply-add as two,
-and held against the rate of a large matrix product in the precision of our step. Memory is what a step
-adds to a fresh process, or to the GPU.
+same step in float32 and against its floor, its matrix products and attention alone. Steps alternate, medians
+count. Operations are counted by torch, a multiply-add as two, and held against the rate of a large matrix
+product in our step's precision. Memory is what a step adds to a fresh process, or to the GPU.
 """
 import sys
 import tempfile
@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main as pretraining  # noqa: E402
 import utils  # noqa: E402
-from benchmarks.measure import extra_memory, machine, make_images, matrix_rate, synchronize  # noqa: E402
+from benchmarks.measure import (RecordProducts, alternate, extra_memory, machine, make_images,  # noqa: E402
+                                matrix_rate, median_wall, synchronize, time_shares)
 
 
 def make_run(folder, arch, batch_size, device, *flags):
@@ -63,13 +64,15 @@ def main(argv=None):
         print(f"{machine()}; {args.device}, {args.arch}, batch {args.batch_size}; {args.runs} runs")
         turns = [{name: take_step(run) for name, run in runs.items()} for _ in range(2 + args.runs)]
         ours, float32 = (median(turn[name] for turn in turns[2:]) for name in runs)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, RecordProducts() as products:
             take_step(runs["ours"])
+        floor = median_wall(alternate({"floor": products}, args.runs))["floor"]
         reached, rate = counter.get_total_flops() / ours, matrix_rate(dtype, args.device)
         print(f"ours {args.batch_size / ours:.2f} images/s, float32 {args.batch_size / float32:.2f}, ratio "
-              f"{float32 / ours:.2f}; {reached / 1e9:.0f} GFLOP/s, {100 * reached / rate:.0f} % of a matrix "
-              f"product's {rate / 1e9:.0f} in {dtype}", flush=True)
-        del runs
+              f"{float32 / ours:.2f}; floor {args.batch_size / floor:.2f}, {100 * floor / ours:.0f} % of the "
+              f"step; {reached / 1e9:.0f} GFLOP/s, {100 * reached / rate:.0f} % of a matrix product's "
+              f"{rate / 1e9:.0f} in {dtype}\n{time_shares(lambda: take_step(runs['ours']))}", flush=True)
+        del runs, products
         for flags in (), ("--grad_checkpointing",):
             megabytes = extra_memory(make_call, *setting, *flags, device=args.device)
             print(f"memory of a step{' with '.join(('', *flags))}: {megabytes:.0f} MB", flush=True)

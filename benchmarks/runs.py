@@ -121,10 +121,11 @@ def all_images() -> list[Config]:
             Config("AUC-CL, 2048-1024, a b alpha held", held(AUC_CL | wide))]
 
 
-# The partial AUC (preset hard, its settings chosen on training images) and the softmax losses, alike but for
-# the loss: name -> (loss, options, flags).
+# AUC-CL with hard negatives (presets whose settings were chosen on training images) and the softmax losses,
+# alike but for the loss: name -> (loss, options, flags).
 ALIKE = {"projector": WIDE, "lr": 8e-3}
 HARD = {
+    "AUC-CL quartic": ("AUCCLLoss", {}, ALIKE | {"preset": "quartic", "weights_lr": 1e-3}),
     "AUC-CL hard": ("AUCCLLoss", {}, ALIKE | {"preset": "hard", "weights_lr": 1e-3}),
     "AUC-CL": ("AUCCLLoss", {}, ALIKE | {"weights_lr": 1e-3}),
     "DCL": ("DCLLoss", {"temperature": 0.1}, ALIKE),
@@ -146,7 +147,8 @@ def hard_negatives() -> list[Config]:
 
 
 def hard_tuning() -> list[Config]:
-    """Single changes of the preset hard on all images, and of the softmax losses. To choose by --held_out."""
+    """On all images, single changes of the preset hard and of the softmax losses, and weights of the fourth
+    moment. To choose by --held_out."""
     def hard(flags={}, **options):
         return "Hard", options, ALIKE | {"weights_lr": 1e-3} | flags
 
@@ -161,6 +163,9 @@ def hard_tuning() -> list[Config]:
         **{f"hard, nu {nu}": hard(negative_weight=nu) for nu in (2.0, 4.0, 16.0)},
         **{f"hard, kappa {kappa}": hard(margin_negative_weight=kappa) for kappa in (0.5, 2.0)},
         **{f"hard, lr {lr:g}": hard({"lr": lr}) for lr in (4e-3, 6e-3, 1.2e-2)},
+        **{f"fourth moment {weight}, nu {nu}": (
+               "FourthMoment", {"weight": weight, "negative_weight": float(nu)}, ALIKE | {"weights_lr": 1e-3})
+           for weight, nu in ((80, 8), (40, 8), (160, 8), (80, 4))},
     }
     for name, loss in {"DCL": "DCLLoss", "NT-Xent": "NTXentLoss"}.items():
         changes |= {name: softmax(loss), **{f"{name}, T {t}": softmax(loss, t) for t in (0.07, 0.15, 0.2)},
@@ -182,7 +187,7 @@ def views() -> list[Config]:
     settings = [(2, 256, 20), (4, 128, 10), (8, 64, 5), (8, 256, 5), (4, 256, 5), (2, 256, 5), (4, 128, 5)]
     configs = [Config(f"{name} V{v} b{size} e{epochs}",
                       HARD[name][2] | {"views": v, "batch_size": size, "epochs": epochs}, *HARD[name][:2])
-               for v, size, epochs in settings for name in ("AUC-CL hard", "AUC-CL")]
+               for v, size, epochs in settings for name in ("AUC-CL quartic", "AUC-CL")]
     configs += [Config(f"DCL V2 b256 e{epochs}", ALIKE | {"epochs": epochs}, *HARD["DCL"][:2])
                 for epochs in (20, 5)]
     return seeded(configs, 0, 1)
@@ -190,7 +195,7 @@ def views() -> list[Config]:
 
 def with_small(lr: float) -> list[Config]:
     """HARD's leading methods with the network `small` at another learning rate, the weights at half of it."""
-    names = "AUC-CL hard", "DCL", "NT-Xent"
+    names = "AUC-CL quartic", "AUC-CL hard", "DCL", "NT-Xent"
     return [Config(name, HARD[name][2] | {"arch": "small", "lr": lr, "weights_lr": lr / 2}, *HARD[name][:2])
             for name in names]
 
@@ -206,7 +211,8 @@ def variants() -> list[Config]:
     per_anchor = {"dim": int(WIDE.split()[1])}
     ours = ALIKE | {"weights_lr": 1e-3}
     return seeded([
-        *(Config(name, flags, loss, options) for name, (loss, options, flags) in HARD.items()),
+        *(Config(name, flags, loss, options) for name, (loss, options, flags) in HARD.items()
+          if name != "AUC-CL quartic"),     # the fourth moment, 80, nu 8
         *(Config(f"fourth moment {weight}, nu 8", ours, "FourthMoment",
                  {"weight": weight, "negative_weight": 8.0}) for weight in (40, 80)),
         *(Config(f"b held, a and alpha fast, nu {nu}", ours | fast | {"negative_weight": nu})
@@ -220,7 +226,7 @@ def convergence() -> list[Config]:
     """Every method as tuned; AUC-CL also as it is best on all images; the released preset's own recipe."""
     return [*(Config(name, flags, loss, options) for name, (loss, options, flags) in METHODS.items()),
             Config("AUC-CL, 2048-1024, weights_lr 4e-3", AUC_CL | {"projector": WIDE, "weights_lr": 4e-3}),
-            Config("AUC-CL hard", HARD["AUC-CL hard"][2]),
+            *(Config(name, HARD[name][2]) for name in ("AUC-CL hard", "AUC-CL quartic")),
             Config("released-cifar", {"preset": "released-cifar", "warmup_epochs": 0})]
 
 

@@ -5,9 +5,9 @@
     python benchmarks/training_step.py --device cuda --runs 20
 
 Ours is main.py's own step, bf16 where the hardware has it. The plain step augments with torchvision on PIL
-images, within the step, since loader workers would take their time from the same cores. Steps alternate,
-medians count. Operations are counted by torch, a multiply-add as two, and held against the rate of a large
-matrix product in the precision of our step.
+images, within the step, since loader workers would take their time from the same cores. The floor is our
+step's convolutions and matrix products alone. Steps alternate, medians count. Operations are counted by
+torch, a multiply-add as two, and held against the rate of a large matrix product in our step's precision.
 """
 import contextlib
 import io
@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils  # noqa: E402
 from benchmarks.augmentation import torchvision_on_pil  # noqa: E402
-from benchmarks.measure import alternate, extra_memory, machine, matrix_rate, median_wall  # noqa: E402
+from benchmarks.measure import (RecordProducts, alternate, extra_memory, machine, matrix_rate,  # noqa: E402
+                                median_wall, time_shares)
 from cifar import main as cifar  # noqa: E402
 from cifar.data import ImageData  # noqa: E402
 
@@ -59,14 +60,18 @@ def main(argv=None):
     print(f"{machine()}; {args.device}, batch {args.batch_size}, medians of {args.runs} steps", flush=True)
     for arch in args.arch:
         ours, plain, dtype = make_steps(arch, args.batch_size, args.device)
-        times = median_wall(alternate({"ours": ours, "plain": plain}, args.runs, warmup=2))
-        with FlopCounterMode(display=False) as counter:
+        ours()
+        with FlopCounterMode(display=False) as counter, RecordProducts() as floor:
             ours()
+        calls = {"ours": ours, "plain": plain, "floor": floor}
+        times = median_wall(alternate(calls, args.runs, warmup=2))
         reached, rate = counter.get_total_flops() / times["ours"], matrix_rate(dtype, args.device)
         speed = {name: args.batch_size / seconds for name, seconds in times.items()}
         print(f"{arch}: ours {speed['ours']:.1f} images/s, plain {speed['plain']:.1f}, ratio "
-              f"{speed['ours'] / speed['plain']:.2f}; {reached / 1e9:.0f} GFLOP/s, "
-              f"{100 * reached / rate:.0f} % of a matrix product's {rate / 1e9:.0f} in {dtype}", flush=True)
+              f"{speed['ours'] / speed['plain']:.2f}; floor {speed['floor']:.1f}, "
+              f"{100 * times['floor'] / times['ours']:.0f} % of the step; {reached / 1e9:.0f} GFLOP/s, "
+              f"{100 * reached / rate:.0f} % of a matrix product's {rate / 1e9:.0f} in {dtype}\n"
+              f"{arch}: {time_shares(ours)}", flush=True)
         if args.device != "cpu":
             print(f"{arch}: a step adds {extra_memory(lambda: ours, device=args.device):.0f} MB", flush=True)
 

@@ -30,6 +30,7 @@ RECIPES = {
         weight_decay=1e-4, crop_scale=(0.08, 1.0), weights_lr=1e-3, learn=("b",)),
 }
 RECIPES["hard"] = RECIPES["paper"] | {"learn": ("a", "alpha")}
+RECIPES["quartic"] = RECIPES["paper"]
 RECIPES["poster"] = RECIPES["paper"] | {"learn": ("b", "alpha")}
 FREE_ON_RESUME = ("output_dir", "data_path", "deterministic", "device", "save_every")
 PAIR_IMAGES = 512  # test images whose pairs the AUC is taken over

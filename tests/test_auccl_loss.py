@@ -10,12 +10,13 @@ import pytest
 import references as ref
 import timm.optim
 import torch
-from auccl_loss import (AUCCLLoss, auc_objective, log_mean_exp, pair_auc, symmetric_moments,
+from auccl_loss import (AUCCLLoss, auc_objective, fourth_moment, log_mean_exp, pair_auc, symmetric_moments,
                         teacher_student_moments, unit_rows)
 from released_losses import released_cifar, released_imagenet
 
 FORMS = ("symmetric", "teacher_student")
-PRESET_FORMS = [*itertools.product(("paper", "hard"), FORMS), ("poster", "symmetric"),
+OURS = "paper", "hard", "quartic"
+PRESET_FORMS = [*itertools.product(OURS, FORMS), ("poster", "symmetric"),
                 ("released-cifar", "symmetric"), ("released-imagenet", "teacher_student")]
 
 
@@ -62,6 +63,9 @@ def assert_equal(ours, reference, variables, criterion=None, nu=1.0, tolerance=1
 
 # --------------------------------------------------------------------------------- equality with brute force
 
+HARD = (None, 0.0), (0.2, 0.0), (None, 40.0), (0.2, 40.0)   # temperature, weight rho of the fourth moment
+
+
 @pytest.mark.parametrize("n, dim", [(2, 7), (5, 12), (9, 6)])  # 2n below, n below, and n above D
 @pytest.mark.parametrize("gram", [True, False, None])
 @pytest.mark.parametrize("form", [*FORMS, "global"])
@@ -77,10 +81,10 @@ def test_moments_equal_brute_force(form, gram, n, dim):
 
 @pytest.mark.parametrize("nu, kappa", [(1.0, 1.0), (16.0, 1.0), ("sum", "sum")])
 @pytest.mark.parametrize("score", ["cosine", "unit"])
-@pytest.mark.parametrize("form, temperature", [*itertools.product(FORMS, (None, 0.2))])
-def test_loss_equals_brute_force_with_alpha_reversed_and_b_scaled(form, temperature, score, nu, kappa):
+@pytest.mark.parametrize("form, temperature, rho", [(form, *hard) for form in FORMS for hard in HARD])
+def test_loss_equals_brute_force_with_alpha_reversed_and_b_scaled(form, temperature, rho, score, nu, kappa):
     criterion = AUCCLLoss(a=0.7, b=0.1, alpha=0.4, margin=0.9, negative_weight=nu, score=score,
-                          margin_negative_weight=kappa, temperature=temperature).double()
+                          margin_negative_weight=kappa, temperature=temperature, fourth_moment=rho).double()
     if temperature:
         criterion.u.fill_(1.5)
     x, y = embeddings(form, 5, 6)
@@ -88,22 +92,23 @@ def test_loss_equals_brute_force_with_alpha_reversed_and_b_scaled(form, temperat
     number = 8 if form == "symmetric" else 4
     nu, kappa = (number if weight == "sum" else weight for weight in (nu, kappa))
     reference = ref.auc_loss(positive, negative, *criterion.parameters(), 0.9, nu, kappa, score, temperature,
-                             u=1.5)
+                             u=1.5) + rho * (negative**4).mean()
     assert_equal(call(criterion, form, x, y), reference, (x, y), criterion, nu)
     assert criterion.stats["positive"] == pytest.approx(ref.SCORES[score](positive).mean().item(), abs=1e-12)
     assert_close(criterion.means[1], ref.SCORES[score](negative).mean().detach(), 1e-12)
 
 
-@pytest.mark.parametrize("temperature", [None, 0.2])
+@pytest.mark.parametrize("temperature, rho", HARD)
 @pytest.mark.parametrize("dim", [3, 40])  # by Gram matrices, by matrices of cosines
 @pytest.mark.parametrize("number", [3, 4])
-def test_any_number_of_views_equals_brute_force(number, dim, temperature):
+def test_any_number_of_views_equals_brute_force(number, dim, temperature, rho):
     views = [normal(5, dim, seed=seed).requires_grad_() for seed in range(number)]
-    criterion = AUCCLLoss(b=0.1, negative_weight="sum", temperature=temperature).double()
+    criterion = AUCCLLoss(b=0.1, negative_weight="sum", temperature=temperature, fourth_moment=rho).double()
     if temperature:
         criterion.u.fill_(0.5)
-    reference = ref.auc_loss(*ref.symmetric_pairs(*views), *criterion.parameters(), 1, number * 4, 1,
-                             "cosine", temperature, u=0.5)
+    positive, negative = ref.symmetric_pairs(*views)
+    reference = ref.auc_loss(positive, negative, *criterion.parameters(), 1, number * 4, 1, "cosine",
+                             temperature, u=0.5) + rho * (negative**4).mean()
     assert_equal(criterion(*views), reference, views)
 
 
@@ -140,6 +145,7 @@ def test_large_batches_take_the_pairs_within_blocks(monkeypatch):
     cosines = torch.cat([ref.symmetric_pairs(*views[:, rows])[1] for rows in ([0, 1, 2], [3, 4], [5, 6])])
     views = unit_rows(views)
     assert_close(log_mean_exp(views, views, 0.1, same_view=True), (cosines / 0.1).exp().mean().log())
+    assert_close(fourth_moment(views, views, same_view=True), (cosines**4).mean())
     monkeypatch.setattr(auccl_loss, "BLOCK", 1)
     assert log_mean_exp(views, views, 0.1).isfinite()  # no block of a single image
 
@@ -186,7 +192,7 @@ def test_first_and_second_derivatives(form, gram):
 
 
 @pytest.mark.parametrize("n", [3, 9])  # matrices of cosines, Gram matrices
-@pytest.mark.parametrize("form, preset", [*itertools.product(FORMS, ("paper", "hard"))])
+@pytest.mark.parametrize("form, preset", [*itertools.product(FORMS, OURS)])
 def test_torch_func_grad_equals_autograd(form, preset, n):
     x, y = embeddings(form, n, 6)
     criterion = AUCCLLoss.preset(preset).double()
@@ -318,9 +324,10 @@ def test_collapse_is_no_minimum_of_the_defaults():
 
 
 @pytest.mark.parametrize("views", [2, 3])
-def test_hard_leaves_collapse(views):
+@pytest.mark.parametrize("preset", ["hard", "quartic"])
+def test_hard_negatives_leave_collapse(preset, views):
     """Embeddings that are all but equal fall apart under plain steps."""
-    criterion, z = AUCCLLoss.preset("hard").double(), torch.nn.Parameter(1 + 1e-3 * normal(6, 8))
+    criterion, z = AUCCLLoss.preset(preset).double(), torch.nn.Parameter(1 + 1e-3 * normal(6, 8))
     optimizer = torch.optim.SGD([{"params": [z], "lr": 2.0}, *criterion.param_groups(lr=0.05)])
     for _ in range(100):
         optimizer.zero_grad()
@@ -356,7 +363,9 @@ def relative_bias(loss, network, size, weights=()):
 @pytest.mark.parametrize("size", range(2, 6))
 @pytest.mark.parametrize("form, options", [
     ("symmetric", {}), ("symmetric", dict(negative_weight=4.0, margin_negative_weight=4.0)),
-    ("symmetric", dict(temperature=0.1)), ("symmetric", dict(temperature=0.5)), ("teacher_student", {})])
+    ("symmetric", dict(temperature=0.1)), ("symmetric", dict(temperature=0.5)),
+    ("symmetric", dict(fourth_moment=40.0)), ("teacher_student", {}),
+    ("teacher_student", dict(fourth_moment=40.0))])
 def test_every_batch_size_is_unbiased(form, options, size):
     network, criterion = small_network(), AUCCLLoss(a=0.3, b=0.1, alpha=0.6, **options).double().eval()
     weights = [*criterion.parameters()]
@@ -400,7 +409,7 @@ def test_low_precision_inputs_and_autocast(preset, form, dtype):
     assert y.grad.dtype == dtype and y.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("form, preset", [*itertools.product(FORMS, ("paper", "hard"))])
+@pytest.mark.parametrize("form, preset", [*itertools.product(FORMS, OURS)])
 @pytest.mark.parametrize("n", [2, 30])
 @pytest.mark.parametrize("kind", ["equal", "zero", "one zero", "large"])
 def test_degenerate_embeddings_stay_finite(form, preset, n, kind):
@@ -418,7 +427,8 @@ def test_degenerate_embeddings_stay_finite(form, preset, n, kind):
     if kind == "one zero":
         assert (y.grad[..., 0, :] == 0).all()  # a zero row has no direction to improve
     if kind == "equal":
-        expected = criterion.negative_weight + 2 - 1  # nu (1 - b)^2 + 2 alpha m - alpha^2
+        # nu (1 - b)^2 + rho + 2 alpha m - alpha^2
+        expected = criterion.negative_weight + criterion.fourth_moment + 2 - 1
         assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -459,7 +469,7 @@ def test_bad_teacher_student(teacher, student, message):
 @pytest.mark.parametrize("arguments, message", [
     (dict(learn=("a", "beta")), "beta"), (dict(score="angle"), "angle"),
     (dict(negative_weight="mean"), "mean"), (dict(margin_negative_weight=-1.0), "positive"),
-    (dict(temperature=0.0), "temperature")])
+    (dict(temperature=0.0), "temperature"), (dict(fourth_moment=-1.0), "fourth moment")])
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         AUCCLLoss(**arguments)

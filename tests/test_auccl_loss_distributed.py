@@ -51,10 +51,10 @@ def train(form, dim, preset, world, rows, steps):
 @pytest.mark.parametrize("form, views", [("symmetric", 2), ("teacher_student", 3)])
 @pytest.mark.parametrize("dim, ends, preset", [
     (8, [12, N], "paper"), (8, [5, 12, N], "paper"), (WIDE, [12, N], "paper"), (WIDE, [5, 12, N], "paper"),
-    (8, [12, N], "hard")])
+    (8, [12, N], "hard"), (8, [12, N], "quartic")])
 def test_ranks_equal_one_process(monkeypatch, form, views, dim, ends, preset):
     """By Gram matrices and by gathered rows, with equal and unequal numbers of images. The exponentials of
-    `hard` see each rank's own images: one process takes them by blocks of as many."""
+    `hard` and the fourth moment see each rank's own images: one process takes them by blocks of as many."""
     def train_rank():
         return train(form, dim, preset, len(ends), slice([0, *ends][rank()], ends[rank()]), steps=8)
     ranks = run_ranks(train_rank, len(ends))

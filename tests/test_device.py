@@ -68,6 +68,7 @@ def train(module, build, device, gpu=None):
 
 @pytest.mark.parametrize("flags", [
     [], ["--teacher", "none"], ["--preset", "released-imagenet"], ["--preset", "hard", "--optimizer", "lars"],
+    ["--preset", "quartic", "--teacher", "none"],
     ["--accum_iter", "2", "--grad_checkpointing", "--batch_size_per_gpu", "5"]], ids=" ".join)
 def test_pretraining(images, gpu, flags, one_thread):
     args = main.parse_args([*SMALL, "--data_path", str(images / "train"), *flags])
@@ -142,10 +143,10 @@ def test_the_objective_is_exact_whatever_training_does(gpu, monkeypatch):
             function = getattr(auccl_loss, name)
             monkeypatch.setattr(auccl_loss, name, lambda *args, function=function, **more: (
                 seen.append(tf32()), function(*args, **more))[1])
-        for preset in ("paper", "hard"):
+        for preset in ("paper", "hard", "quartic"):
             criterion = AUCCLLoss.preset(preset).to(CUDA)
             criterion(*views[0].to(CUDA)), criterion.teacher_student(*views.to(CUDA))
-        assert seen == [False] * 4 and tf32()
+        assert seen == [False] * 6 and tf32()
         if REAL:
             assert AUCCLLoss().to(CUDA)(*views[0].to(CUDA)).item() == pytest.approx(exact.item(), rel=1e-5)
         utils.set_backends(CUDA, deterministic=True, tf32=False)
