@@ -86,7 +86,7 @@ from vision_transformer import ResNet, VisionTransformer, convert_sync_batchnorm
 
 # ------------------------------------------------------------------------------------------------------ build
 
-class AugmentedImages(Dataset):
+class TrainingImages(Dataset):
     """Random views, float [3, S, S], and labels, by (index, seed): the same on any rank and worker."""
 
     def __init__(self, images: data.LabelledImages, description: pretrained.Description, args):
@@ -149,7 +149,7 @@ class Run:
         train, test = data.build_splits(args.dataset, args.data_path, download=args.download)
         test.transform = data.eval_transform(description.image_size, description.mean, description.std)
         rows = data.choose_subset(torch.tensor(train.targets), args.shots, args.fraction, args.seed).tolist()
-        self.train, self.test = AugmentedImages(train.subset(rows), description, args), test
+        self.train, self.test = TrainingImages(train.subset(rows), description, args), test
         self.num_labels = data.count_labels(args.num_labels, train, test)
         self.fingerprint = [len(rows), len(test), pretrained.checksum(model)]
         self.batch_size = args.batch_size_per_gpu * distributed.world_size()

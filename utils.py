@@ -377,8 +377,8 @@ def replace_file(path: Path, write, mode: str = "w") -> None:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise UserError(f"cannot write {path}: {reason(cause)}. Its former content, if any, is intact. Free "
-                        "space, then run the same command again") from error
+        raise UserError(f"cannot write {path}: {reason(cause)}. Its former content, if any, is intact. Make "
+                        "room there, or make it writable, then run the same command again") from error
 
 
 def save_checkpoint(state: dict, path: Path) -> None:
@@ -560,8 +560,8 @@ def writing_to(place: Path):
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write to {place}: {reason(error)}. Free space, then run the same command "
-                        "again") from error
+        raise UserError(f"cannot write to {place}: {reason(error)}. Make room there, or make it writable, "
+                        "then run the same command again") from error
 
 
 def _thread_error(args) -> None:

@@ -192,7 +192,7 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, end):
         utils.save_checkpoint({"x": torch.zeros(50_000)}, path)
     for kept in (False, True):
         assert end(fill) == (2, f"error: cannot write {path}: File too large. Its former content, if any, is "
-                                "intact. Free space, then run the same command again\n")
+                                "intact. Make room there, or make it writable, then run the same command again\n")
         assert not kept or utils.load_checkpoint(path) == {"x": 1}
         assert list(tmp_path.iterdir()) == [path] * kept
         utils.save_checkpoint({"x": 1}, path)
@@ -352,8 +352,8 @@ def test_a_full_disk_at_the_start_is_one_line_too(tmp_path, end, monkeypatch):
     monkeypatch.setattr(RecordWriter, "write", lambda self, data: raises(FULL)())  # called in a thread
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)         # pytest's is silent
     assert end(lambda: utils.RunLog(tmp_path, (0, 0))) == (
-        2, f"error: cannot write to {tmp_path}: {FULL.strerror}. Free space, then run the same command "
-           "again\n")
+        2, f"error: cannot write to {tmp_path}: {FULL.strerror}. Make room there, or make it writable, "
+           "then run the same command again\n")
 
 
 def test_a_record_in_a_line_and_columns_of_two_learning_rates(tmp_path, capsys):
