@@ -192,7 +192,8 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, end):
         utils.save_checkpoint({"x": torch.zeros(50_000)}, path)
     for kept in (False, True):
         assert end(fill) == (2, f"error: cannot write {path}: File too large. Its former content, if any, is "
-                                "intact. Make room there, or make it writable, then run the same command again\n")
+                                "intact. Make room there, or make it writable, then run the same command "
+                                "again\n")
         assert not kept or utils.load_checkpoint(path) == {"x": 1}
         assert list(tmp_path.iterdir()) == [path] * kept
         utils.save_checkpoint({"x": 1}, path)
