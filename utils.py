@@ -192,14 +192,15 @@ def by_preset(text: str, recipes: dict, name: str) -> str:
 
 
 def add_objective_flags(parser, recipes: dict) -> None:
-    """The flags of the objective. recipes: preset -> defaults of the flags that are not given."""
-    add = parser.add_argument
-    add("--preset", choices=recipes, default="paper", help="objective, and the defaults that depend on it")
+    """The flags of the objective. recipes: preset -> defaults of the flags that are not given; those of
+    `paper` serve all presets of auccl_loss.py that are not there."""
+    add, released = parser.add_argument, ", ".join(name for name in recipes if name != "paper")
+    add("--preset", default="paper", help=f"objective: paper, hard, quartic, poster or {released}")
     add("--negative_weight", type=number_or_sum, help="nu: a number, or sum (default: the preset's)")
     add("--margin_negative_weight", type=number_or_sum, help="kappa: likewise")
     add("--score", choices=("cosine", "unit"), help="score of a pair (default: cosine)")
     add("--learn", nargs="+", choices=("a", "b", "alpha", "none"),
-        help=by_preset("learned weights of the objective", recipes, "learn"))
+        help="learned weights of the objective (default: the preset's)")
     add("--weights_lr", type=non_negative_float,
         help=by_preset("learning rate of a, b and alpha", recipes, "weights_lr"))
 
@@ -207,21 +208,22 @@ def add_objective_flags(parser, recipes: dict) -> None:
 def complete_objective_flags(args: argparse.Namespace, recipes: dict) -> None:
     """Fills in what the preset decides. UserError for flags that contradict it."""
     if args.preset.startswith("released"):
+        if args.preset not in recipes:
+            raise UserError(f"--preset {args.preset} is not for this script; choose {' or '.join(recipes)}")
         refuse(args, OBJECTIVE, f"with --preset {args.preset}, which fixes it")
     if args.learn and "none" in args.learn:
         if len(args.learn) > 1:
             raise UserError("--learn none contradicts the other names behind --learn; give one of them")
         refuse(args, ("weights_lr",), "with --learn none")
         args.learn = []
-    for name, value in recipes[args.preset].items():
+    for name, value in recipes.get(args.preset, recipes["paper"]).items():
         if getattr(args, name) is None:
             setattr(args, name, list(value) if isinstance(value, tuple) else value)  # as a checkpoint does
 
 
 def objective_arguments(args: argparse.Namespace) -> dict:
     """The arguments of AUCCLLoss.preset(args.preset) that the flags give."""
-    given = {name: getattr(args, name) for name in OBJECTIVE if getattr(args, name) is not None}
-    return {**given, "learn": tuple(args.learn)}
+    return {name: getattr(args, name) for name in (*OBJECTIVE, "learn") if getattr(args, name) is not None}
 
 
 def add_backbone_flags(parser) -> None:

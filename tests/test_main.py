@@ -291,6 +291,8 @@ def test_help_does_not_import_torch():
     ("--batch_size_per_gpu 1", "--batch_size_per_gpu: must be a whole number from 2"),
     ("--preset released-imagenet --score unit", "--score cannot be used with --preset"),
     ("--preset released-imagenet --teacher none", "leave --teacher none out"),
+    ("--preset simclr", "unknown preset 'simclr'; choose from paper"),
+    ("--preset released-cifar", "released-cifar is not for this script"),
     ("--views 4", "--views cannot be used with a teacher"),
     ("--use_fp16 true", "--amp cannot be used with --use_fp16"),
     ("--arch vit_smal", "unknown arch 'vit_smal'; choose from vit_tiny"),

@@ -21,8 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 from utils import UserError
 
-RECIPES = {"paper": {"learn": ("a", "b"), "weights_lr": 0.1, "lr": 1e-3},
-           "released-x": {"learn": (), "weights_lr": 0.0, "lr": 1e-2}}
+RECIPES = {"paper": {"widths": (8, 4), "weights_lr": 0.1, "lr": 1e-3},
+           "released-x": {"widths": (2,), "weights_lr": 0.0, "lr": 1e-2}}
 FULL = OSError(errno.ENOSPC, "No space left on device")
 LOST = RuntimeError("[gloo/pair.cc:5] Connection closed by peer [1]")
 
@@ -121,6 +121,7 @@ def objective(*argv):
     parser = utils.ArgumentParser("")
     utils.add_objective_flags(parser, RECIPES)
     parser.add_argument("--lr", type=utils.positive_float, help=utils.by_preset("rate", RECIPES, "lr"))
+    parser.add_argument("--widths", type=int, nargs="+")
     args = parser.parse_args(argv)
     utils.complete_objective_flags(args, RECIPES)
     return args, parser
@@ -128,12 +129,14 @@ def objective(*argv):
 
 def test_presets_fill_in_the_flags_that_are_not_given():
     args, parser = objective("--negative_weight", "sum")
-    assert (args.learn, args.weights_lr, args.lr) == (["a", "b"], 0.1, 1e-3)
-    assert utils.objective_arguments(args) == {"negative_weight": "sum", "learn": ("a", "b")}
+    assert (args.learn, args.widths, args.weights_lr, args.lr) == (None, [8, 4], 0.1, 1e-3)
+    assert utils.objective_arguments(args) == {"negative_weight": "sum"}
     assert "rate (default: 0.001; 0.01 for released-x)" in parser.format_help()
     assert objective("--preset", "released-x", "--lr", "2")[0].lr == 2
-    assert objective("--learn", "none")[0].learn == []
+    assert objective("--preset", "of-my-own")[0].lr == 1e-3
+    assert utils.objective_arguments(objective("--learn", "none")[0]) == {"learn": []}
     for argv, message in ((["--preset", "released-x", "--score", "unit"], "--score cannot be used with"),
+                          (["--preset", "released-y"], "choose paper or released-x"),
                           (["--learn", "none", "a"], "--learn none contradicts"),
                           (["--learn", "none", "--weights_lr", "1"], "--weights_lr cannot be used with")):
         assert message in refusal(objective, *argv)
