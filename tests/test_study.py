@@ -139,7 +139,8 @@ def test_the_published_tables_came_from_these_runs(name, tmp_path):
     entry = STUDIES[name]
     configs = {config.name: config for config in entry.configs}
     assert len(configs) == len(entry.configs)
-    for row in {row["run"]: row for row in read_table(PUBLISHED / f"{name}.csv")}.values():
+    rows = [row for file in (name, f"{name}_held_out") for row in read_table(PUBLISHED / f"{file}.csv")]
+    for row in {row["run"]: row for row in rows}.values():
         config = configs[row["run"]]
         described = study.describe(config, study.parse_flags(config, entry, [], tmp_path))
         described = {name: "" if value is None else str(value) for name, value in described.items()}
