@@ -30,8 +30,10 @@ With a temperature T, the margin term faces the hardest negatives (partial AUC) 
                          = min over u of T (E-[exp(h / T - u)] + u - 1)                               (2)
 
 The last form stands in L, with u from earlier batches: it is a mean over pairs, so that minibatch gradients
-stay unbiased; the log of a batch's mean is biased. T to infinity is (1). Another way to weigh hard negatives
-is a fourth moment beside the spread, also a mean over pairs; a, b and alpha have the saddle of (1):
+stay unbiased; the log of a batch's mean is biased. T to infinity is (1).
+
+Another way is to add a fourth moment, with a weight rho, which large cosines of either sign dominate. It too
+is a mean over pairs, and it leaves the saddle of a, b and alpha where it is in (1):
 
     L + rho E-[cos^4]                                                                                 (3)
 
@@ -61,7 +63,8 @@ MAX_EXCESS = 10   # of a batch's log-mean-exp over u; beyond it u jumps, lest ex
 
 class PairMoments(NamedTuple):
     """Moments of the cosine over positive and negative pairs; `negatives` counts those per anchor. `hardest`
-    is (2) for the score; without it the margin term takes the negatives' mean. `fourth` is E-[cos^4]."""
+    is (2) for the score; without it the margin term takes the negatives' mean. `fourth` is E-[cos^4],
+    whatever the score."""
 
     positive_mean: Tensor
     positive_square: Tensor
@@ -165,7 +168,7 @@ def teacher_student_moments(teacher: Tensor, student: Tensor, gather: bool = Tru
 
 
 def negative_cosines(anchors, others, same_view: bool = False):
-    """Yields this rank's pairs in parts: cosines [U, V, m, m], which are of negative pairs, their number.
+    """Yields this rank's pairs in parts: cosines [U, V, m, m], a mask of the negative pairs, their number.
 
     anchors, others: unit rows, U and V times [n, D]. same_view: whether view u < U of one image and view u
     of another are a pair. Images whose views exceed BLOCK are split, and pairs taken within each part alone.
@@ -190,7 +193,7 @@ def log_mean_exp(anchors, others, temperature: float, same_view: bool = False) -
     return torch.stack(sums).logsumexp(0) - math.log(count)
 
 
-def fourth_moment(anchors, others, same_view: bool = False) -> Tensor:
+def mean_fourth_power(anchors, others, same_view: bool = False) -> Tensor:
     """E-[cos^4] over the pairs of `negative_cosines`, a 0-dim tensor."""
     total, count = 0, 0
     for cosines, negative, number in negative_cosines(anchors, others, same_view):
@@ -350,7 +353,7 @@ def _takes_gram(rows: float, dim: int, gather: bool, gram: bool | None) -> bool:
 # ----------------------------------------------------------------------------------------------- the modules
 
 class AUCCLLoss(nn.Module):
-    """Equation (1), (2) or (3). The primal weights a, b and the dual weight alpha are parameters.
+    """Equation (1), on request with (2), (3) or both. The primal a, b and the dual alpha are parameters.
 
     Any optimiser that descends does descent-ascent: alpha's gradient is reversed, and b's is divided by nu,
     so that plain steps on all three are stable below a learning rate of 1 (the curvature in b is 2 nu).
@@ -363,7 +366,7 @@ class AUCCLLoss(nn.Module):
             a student that faces a teacher: with kappa = nu > 1, collapse to one negative cosine has loss 0.
         temperature: T of (2); None is (1). The buffer u is the log of a moving average of E-[exp(h / T)] over
             earlier calls in training mode; E- is over pairs within each rank, then over ranks.
-        fourth_moment: rho of (3); its E- is likewise. 0 is (1).
+        fourth_moment: rho of (3); its E- is likewise, also without `gather`. 0 leaves it out.
         learn: which of a, b, alpha are learned; the others are held at their initial values.
         score: "cosine", h = cos, or "unit", h = (1 + cos) / 2.
         gather: negatives from all ranks when a process group is up; False keeps to this rank's, and averages
@@ -372,7 +375,7 @@ class AUCCLLoss(nn.Module):
     With nu and kappa independent of the batch, minibatch gradients are unbiased estimates of the population's
     at any batch size: pair means are U-statistics. (Batch norm in training mode breaks this.) Embeddings are
     normalised inside; moments are float32 at least, also under autocast. ValueError for fewer than two images
-    (for (2) and (3): on any rank) or views, mismatched shapes and non-floating input.
+    (with (2) or (3), each rank needs two) or views, mismatched shapes and non-floating input.
     """
 
     def __init__(self, a: float = 1.0, b: float = 0.0, alpha: float = 1.0, margin: float = 1.0,
@@ -385,13 +388,14 @@ class AUCCLLoss(nn.Module):
         for value in (negative_weight, margin_negative_weight, 1 if temperature is None else temperature):
             if value != "sum" and not 0 < float(value) < math.inf:
                 raise ValueError(f"negatives' weights and the temperature must be positive, got {value}")
-        if not 0 <= fourth_moment < math.inf:
-            raise ValueError(f"the weight of the fourth moment must not be negative, got {fourth_moment}")
+        if not 0 <= float(fourth_moment) < math.inf:
+            raise ValueError(f"fourth_moment must be a finite number from 0 on, got {fourth_moment}")
         for name, value in zip(WEIGHTS, (a, b, alpha)):
             setattr(self, name, nn.Parameter(torch.tensor(float(value)), requires_grad=name in learn))
         self.margin, self.score, self.gather, self.temperature = float(margin), score, gather, temperature
         self.negative_weight, self.margin_negative_weight = negative_weight, margin_negative_weight
-        self.fourth_moment, self.takes_own_pairs = fourth_moment, temperature is not None or fourth_moment > 0
+        self.fourth_moment = fourth_moment
+        self._takes_own_pairs = temperature is not None or fourth_moment > 0
         if temperature is not None:
             self.register_buffer("u", torch.tensor(math.nan))  # until the first batch
         self.means = None  # [2], detached: positive and negative mean score of the last call
@@ -403,14 +407,17 @@ class AUCCLLoss(nn.Module):
         """The loss named `name` in PRESETS; `overrides` are arguments of that loss."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
-        if name.startswith("released") and "alpha" in overrides.get("learn", ()):
-            raise ValueError(f"{name} is linear in alpha: it can only be held")
+        if name.startswith("released"):
+            if "alpha" in overrides.get("learn", ()):
+                raise ValueError(f"{name} is linear in alpha: it can only be held")
+            if refused := {"temperature", "fourth_moment"} & {*overrides}:
+                raise ValueError(f"{name} has no {', '.join(refused)}")
         return PRESETS[name](**overrides)
 
     @exact_products()
     def forward(self, *views: Tensor) -> Tensor:
         """Symmetric form. views: V >= 2 of n images, [n, D] each, gradient through all; a 0-dim tensor."""
-        _check_views(views, 2, _world_size(self.gather and not self.takes_own_pairs))
+        _check_views(views, 2, _world_size(self.gather and not self._takes_own_pairs))
         with torch.autocast(views[0].device.type, enabled=False):
             z = [unit_rows(view) for view in views]
             moments = symmetric_moments(*z, gather=self.gather)
@@ -420,7 +427,7 @@ class AUCCLLoss(nn.Module):
     def teacher_student(self, teacher: Tensor, student: Tensor) -> Tensor:
         """Multi-crop form, the mean over couples of different views; a 0-dim tensor. teacher: [U, n, D] of
         the global views, without gradient; student: [V, n, D] of all views, the first U are the teacher's."""
-        _check_views((teacher, student), 3, _world_size(self.gather and not self.takes_own_pairs))
+        _check_views((teacher, student), 3, _world_size(self.gather and not self._takes_own_pairs))
         with torch.autocast(student.device.type, enabled=False):
             teacher, student = unit_rows(teacher.detach()), unit_rows(student)
             moments = teacher_student_moments(teacher, student, self.gather)
@@ -453,7 +460,7 @@ class AUCCLLoss(nn.Module):
         if self.temperature is not None:
             moments = moments._replace(hardest=self._hardest(*branches, **pairs))
         if self.fourth_moment:
-            moments = moments._replace(fourth=_mean_over_ranks(fourth_moment(*branches, **pairs)))
+            moments = moments._replace(fourth=_mean_over_ranks(mean_fourth_power(*branches, **pairs)))
         return moments
 
     def _hardest(self, anchors, others, **pairs) -> Tensor:

@@ -18,7 +18,7 @@ from contextlib import closing, nullcontext
 import utils
 from utils import UserError, boolean, non_negative_float, non_negative_int, positive_float, positive_int
 
-# Defaults of the preset `paper`, for all but the released one; the reasons stand in results/README.md.
+# Defaults by preset; those of `paper` serve every preset that is not here. Reasons: results/README.md.
 RECIPES = {
     "paper": dict(out_dim=1024, weights_lr=1e-3, rand_augment="none", erasing=0.0),
     "released-imagenet": dict(out_dim=65536, weights_lr=None, rand_augment="rand-n2-m10-mstd0.5",
@@ -137,7 +137,6 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
 import distributed  # noqa: E402
-from auccl_loss import AUCCLLoss  # noqa: E402
 from augmentations import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, MultiCropAugmentation  # noqa: E402
 from cifar.curves import draw_curves  # noqa: E402
 from data import build_dataset, build_splits, eval_transform, image_files, load_image  # noqa: E402
@@ -188,15 +187,15 @@ class Run:
     `param_groups(lr)`, of its own parameters, whose gradients must be equal on all ranks.
     """
 
-    def __init__(self, args, device):
+    def __init__(self, args, device, criterion=None):
         self.args, self.device = args, device
         self.amp_dtype = utils.select_amp(args.amp, device)
         utils.set_backends(device, args.deterministic)
         # torch's fused attention is the slower one on CPUs in bf16, in the backward pass of short sequences
         set_fused_attn(device.type != "cpu" or self.amp_dtype is None)
         torch.manual_seed(args.seed)  # the same weights on all ranks
+        self.criterion = (criterion or utils.build_criterion(args)).to(device)
         with utils.user_errors():
-            self.criterion = AUCCLLoss.preset(args.preset, **utils.objective_arguments(args)).to(device)
             self.images = MultiCropImages(args)
             self.augment = MultiCropAugmentation(args.erasing, args.blur_sigma)
             self.student = build_network(args, args.drop_path_rate)
@@ -426,18 +425,19 @@ def main(argv=None):
     device = distributed.init_distributed(args.device, args.dist_url)
     if args.amp == "auto":  # a resume on other hardware must do the same
         args.amp = "bf16" if utils.select_amp("auto", device) else "none"
+    criterion = utils.build_criterion(args)
     with closing(utils.lock_folder(args.output_dir)) if distributed.rank() == 0 else nullcontext():
-        train(args, device)
+        train(args, device, criterion)
     distributed.leave()
 
 
-def train(args, device):
+def train(args, device, criterion):
     """Trains to the end, or resumes. The first rank writes the files."""
     folder, first = args.output_dir, distributed.rank() == 0
     checkpoint, curves = folder / "checkpoint.pth", folder / "curves.png"
-    free = ("batch_size_per_gpu",) if args.preset == "paper" else ()  # the release's negatives are local
+    free = ("batch_size_per_gpu",) if args.preset == "paper" else ()  # others take pairs within each rank
     state = utils.read_resume(args, checkpoint, FREE_ON_RESUME + free)
-    fresh, run = state is None, Run(args, device)
+    fresh, run = state is None, Run(args, device, criterion)
     if fresh and args.init_weights:
         backbones = [network.backbone for network in filter(None, (run.student, run.teacher))]
         init_backbones(backbones, args.init_weights, run.description, args.download)

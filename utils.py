@@ -209,7 +209,7 @@ def complete_objective_flags(args: argparse.Namespace, recipes: dict) -> None:
     """Fills in what the preset decides. UserError for flags that contradict it."""
     if args.preset.startswith("released"):
         if args.preset not in recipes:
-            raise UserError(f"--preset {args.preset} is not for this script; choose {' or '.join(recipes)}")
+            raise UserError(f"--preset {args.preset} is not for this script; see --help")
         refuse(args, OBJECTIVE, f"with --preset {args.preset}, which fixes it")
     if args.learn and "none" in args.learn:
         if len(args.learn) > 1:
@@ -221,9 +221,15 @@ def complete_objective_flags(args: argparse.Namespace, recipes: dict) -> None:
             setattr(args, name, list(value) if isinstance(value, tuple) else value)  # as a checkpoint does
 
 
-def objective_arguments(args: argparse.Namespace) -> dict:
-    """The arguments of AUCCLLoss.preset(args.preset) that the flags give."""
-    return {name: getattr(args, name) for name in (*OBJECTIVE, "learn") if getattr(args, name) is not None}
+def build_criterion(args: argparse.Namespace):
+    """The objective that the flags name; args.learn becomes the list of what it learns. UserError for an
+    unknown preset, and for weights that it cannot learn."""
+    from auccl_loss import WEIGHTS, AUCCLLoss
+    given = {name: getattr(args, name) for name in (*OBJECTIVE, "learn") if getattr(args, name) is not None}
+    with user_errors():
+        criterion = AUCCLLoss.preset(args.preset, **given)
+    args.learn = [name for name in WEIGHTS if getattr(criterion, name).requires_grad]
+    return criterion
 
 
 def add_backbone_flags(parser) -> None:

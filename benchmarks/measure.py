@@ -72,7 +72,7 @@ PRODUCTS = "mm", "addmm", "bmm", "baddbmm", "convolution", "scaled_dot_product"
 
 class RecordProducts(TorchDispatchMode):
     """Keeps the matrix products, convolutions and fused attentions of a step, with their tensors. Called, it
-    repeats them and nothing else: the least time that the step can take with the library's kernels."""
+    repeats them and nothing else."""
 
     def __init__(self):
         super().__init__()
@@ -90,10 +90,12 @@ class RecordProducts(TorchDispatchMode):
 
 
 def time_shares(step, least: float = 2.0) -> str:
-    """The operations that take at least `least` % of a step's time on the CPU, the largest first."""
+    """The operations that take at least `least` % of all operations' time on the CPU, the largest first;
+    loading aside."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
-    times = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in profile.key_averages()}
+    times = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in profile.key_averages()
+             if "DataLoader" not in event.key}
     shares = {name: 100 * time / sum(times.values()) for name, time in times.items()}
     largest = sorted(shares.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {share:.0f} %" for name, share in largest if share >= least)

@@ -62,16 +62,21 @@ def main(argv=None):
         runs = {"ours": make_run(*setting), "float32": make_run(*setting, "--amp", "none")}
         dtype = runs["ours"].amp_dtype or torch.float32
         print(f"{machine()}; {args.device}, {args.arch}, batch {args.batch_size}; {args.runs} runs")
-        turns = [{name: take_step(run) for name, run in runs.items()} for _ in range(2 + args.runs)]
-        ours, float32 = (median(turn[name] for turn in turns[2:]) for name in runs)
+        take_step(runs["ours"])
         with FlopCounterMode(display=False) as counter, RecordProducts() as products:
             take_step(runs["ours"])
-        floor = median_wall(alternate({"floor": products}, args.runs))["floor"]
+        turns = []
+        for _ in range(1 + args.runs):
+            turns.append({name: take_step(run) for name, run in runs.items()})
+            turns[-1] |= median_wall(alternate({"floor": products}, 1, warmup=0))
+        ours, float32, floor = (median(turn[name] for turn in turns[1:]) for name in turns[0])
         reached, rate = counter.get_total_flops() / ours, matrix_rate(dtype, args.device)
         print(f"ours {args.batch_size / ours:.2f} images/s, float32 {args.batch_size / float32:.2f}, ratio "
               f"{float32 / ours:.2f}; floor {args.batch_size / floor:.2f}, {100 * floor / ours:.0f} % of the "
               f"step; {reached / 1e9:.0f} GFLOP/s, {100 * reached / rate:.0f} % of a matrix product's "
-              f"{rate / 1e9:.0f} in {dtype}\n{time_shares(lambda: take_step(runs['ours']))}", flush=True)
+              f"{rate / 1e9:.0f} in {dtype}", flush=True)
+        if args.device == "cpu":
+            print(time_shares(lambda: take_step(runs["ours"])), flush=True)
         del runs, products
         for flags in (), ("--grad_checkpointing",):
             megabytes = extra_memory(make_call, *setting, *flags, device=args.device)

@@ -27,7 +27,6 @@ import torch.utils.tensorboard  # noqa: E402, F401  (here lest every forked run 
 from sklearn.linear_model import LogisticRegression  # noqa: E402
 
 import utils  # noqa: E402
-from auccl_loss import AUCCLLoss  # noqa: E402
 from benchmarks.losses import build_loss  # noqa: E402
 from benchmarks.measure import RESULTS, read_table, write_table  # noqa: E402
 from benchmarks.runs import STUDIES, Config, Study  # noqa: E402
@@ -47,7 +46,9 @@ def parse_flags(config: Config, study: Study, common: list[str], folder: Path):
     try:
         args = cifar.parse_args(["--arch", "tiny", "--warmup_epochs", "0.5", "--epochs", str(study.epochs),
                                  *common, *own, "--output_dir", str(folder / config.name)])
-        if config.loss != "AUCCLLoss":
+        if config.loss == "AUCCLLoss":
+            utils.build_criterion(args)  # for the table: what it learns
+        else:
             utils.refuse(args, utils.OBJECTIVE, f"with {config.loss}")
     except utils.UserError as error:
         raise utils.UserError(f"run {config.name}: {error}") from error
@@ -87,11 +88,7 @@ def describe(config: Config, args) -> dict:
     row = {"run": config.name, "loss": config.loss, "options": options}
     for name in COLUMNS + OF_AUCCL:
         value = getattr(args, name) if config.loss == "AUCCLLoss" or name in COLUMNS else None
-        row[name] = " ".join(map(str, value)) if isinstance(value, list) else value
-    if config.loss == "AUCCLLoss":
-        criterion = AUCCLLoss.preset(args.preset, **utils.objective_arguments(args))
-        learned = (name for name, weight in criterion.named_parameters() if weight.requires_grad)
-        row["learn"] = " ".join(learned) or "none"
+        row[name] = (" ".join(map(str, value)) or "none") if isinstance(value, list) else value
     return row
 
 

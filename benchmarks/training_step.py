@@ -70,9 +70,11 @@ def main(argv=None):
         print(f"{arch}: ours {speed['ours']:.1f} images/s, plain {speed['plain']:.1f}, ratio "
               f"{speed['ours'] / speed['plain']:.2f}; floor {speed['floor']:.1f}, "
               f"{100 * times['floor'] / times['ours']:.0f} % of the step; {reached / 1e9:.0f} GFLOP/s, "
-              f"{100 * reached / rate:.0f} % of a matrix product's {rate / 1e9:.0f} in {dtype}\n"
-              f"{arch}: {time_shares(ours)}", flush=True)
-        if args.device != "cpu":
+              f"{100 * reached / rate:.0f} % of a matrix product's {rate / 1e9:.0f} in {dtype}", flush=True)
+        del calls, floor
+        if args.device == "cpu":
+            print(f"{arch}: {time_shares(ours)}", flush=True)
+        else:
             print(f"{arch}: a step adds {extra_memory(lambda: ours, device=args.device):.0f} MB", flush=True)
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE.parent))
 import utils  # noqa: E402
 from utils import UserError, non_negative_float, positive_float, positive_int  # noqa: E402
 
-# Defaults of the preset `paper`, for all but the released one; the reasons stand in results/README.md.
+# Defaults by preset; those of `paper` serve every preset that is not here. Reasons: results/README.md.
 RECIPES = {
     "paper": dict(
         projector=(2048, 1024), batch_size=256, epochs=200, lr=2e-3, schedule="cosine", warmup_epochs=2.0,
@@ -89,7 +89,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 
 import distributed  # noqa: E402
-from auccl_loss import AUCCLLoss, pair_auc  # noqa: E402
+from auccl_loss import pair_auc  # noqa: E402
 from augmentations import CIFAR_MEAN, CIFAR_STD, SimCLRAugmentation, normalize  # noqa: E402
 from cifar.curves import draw_curves  # noqa: E402
 from cifar.data import ImageData, load_data  # noqa: E402
@@ -108,10 +108,9 @@ class Run:
         self.amp_dtype = utils.select_amp(args.amp, self.device)
         utils.set_backends(self.device, args.deterministic)
         torch.manual_seed(args.seed)
+        self.criterion = (criterion or utils.build_criterion(args)).to(self.device)
         with utils.user_errors():
-            criterion = criterion or AUCCLLoss.preset(args.preset, **utils.objective_arguments(args))
             backbone = build_backbone(f"cifar/{args.arch}")
-        self.criterion = criterion.to(self.device)
         self.model = MultiCropNet(backbone, mlp_head(backbone.embed_dim, args.projector))
         self.model.to(self.device, memory_format=utils.memory_format(self.model, self.device, self.amp_dtype))
         self.network = torch.compile(self.model) if args.compile else self.model
@@ -271,6 +270,7 @@ def train(args, data: ImageData | None = None, criterion: torch.nn.Module | None
     distributed.init_distributed(args.device)
     if distributed.world_size() > 1:
         raise UserError("cifar/main.py trains on one device; start it without a launcher")
+    criterion = criterion or utils.build_criterion(args)
     folder, checkpoint = args.output_dir, args.output_dir / "checkpoint.pth"
     free = FREE_ON_RESUME + ("epochs",) * (args.schedule == "constant")  # a cosine depends on its length
     with contextlib.closing(utils.lock_folder(folder)):

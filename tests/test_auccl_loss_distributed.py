@@ -5,7 +5,7 @@ import pickle
 import auccl_loss
 import pytest
 import torch
-from auccl_loss import AUCCLLoss, log_mean_exp, unit_rows
+from auccl_loss import AUCCLLoss, log_mean_exp, mean_fourth_power, unit_rows
 from conftest import run_ranks
 from distributed import rank
 from torch import nn
@@ -83,20 +83,23 @@ def local_rank():
     released, hard = AUCCLLoss.preset("released-imagenet"), AUCCLLoss.preset("hard", gather=False)
     released.teacher_student(torch.stack(views), torch.stack(views))
     hard(*views)
+    options = dict(gather=False, negative_weight=8.0)
+    quartic = AUCCLLoss(fourth_moment=80.0, **options)(*views) - AUCCLLoss(**options)(*views)
     with pytest.raises(RuntimeError, match="differ between ranks"):
         AUCCLLoss(a=float(rank()))(*views)
     with pytest.raises(ValueError, match="two images"):
         AUCCLLoss.preset("hard")(views[0][:1], views[1][:1])
-    return torch.stack(losses).detach(), torch.stack(grads), released.center, hard.u
+    return torch.stack(losses).detach(), torch.stack(grads), released.center, hard.u, quartic
 
 
 def test_local_negatives_with_averaged_gradients_also_of_copies_and_equal_starts():
     ranks = run_ranks(local_rank, 2)
-    grads, means, log_means = [], [], []
+    grads, means, log_means, fourth = [], [], [], []
     for (losses, *_), rows in zip(ranks, (slice(0, 10), slice(10, N))):
         views = [view[rows] for view in inputs(0)]
         z = unit_rows(torch.stack(views))
         log_means.append(log_mean_exp(z, z, 0.1, same_view=True))
+        fourth.append(mean_fourth_power(z, z, same_view=True))
         means.append(torch.stack(views).mean((0, 1)))
         criteria = *copies(AUCCLLoss()), AUCCLLoss.preset("released-cifar")
         alone = [criterion(*views) for criterion in criteria]
@@ -105,8 +108,9 @@ def test_local_negatives_with_averaged_gradients_also_of_copies_and_equal_starts
         torch.testing.assert_close(losses, torch.stack(alone).detach())  # of this rank's images alone
     u = sum(log_means) / 2  # the start; then towards the ranks' mean
     u = (0.9 * u.exp() + 0.1 * torch.stack(log_means).exp().mean()).log()
-    for _, b_grads, center, hard_u in ranks:
+    for _, b_grads, center, hard_u, quartic in ranks:
         torch.testing.assert_close(hard_u, u)
+        torch.testing.assert_close(quartic, 80 * sum(fourth) / 2, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(b_grads, sum(grads) / 2)  # yet the weights move together
         torch.testing.assert_close(center, 0.1 * sum(means) / 2)
 

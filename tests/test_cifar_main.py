@@ -293,6 +293,7 @@ def test_curves_of_several_runs(uninterrupted, tmp_path, monkeypatch):
     ("--preset released-cifar --negative_weight 4", "--preset released-cifar"), ("--epochs 0", "--epochs"),
     ("--preset released-cifar --views 4", "leave --views out"), ("--views 1", "--views"),
     ("--preset released-cifar --learn alpha", "held"), ("--negative_weight -4", "--negative_weight"),
+    ("--preset simclr", "unknown preset 'simclr'"), ("--preset released-imagenet", "not for this script"),
     ("--crop_scale 0.5 0.2", "MIN <= MAX"), ("--crop_scale nan 1", "MIN <= MAX"), ("--lr 0", "--lr"),
     ("--seed -1", "--seed"), ("--image_size 100000", "--image_size"), ("--device abacus", "--device"),
     ("--arch resnet51", "resnet50"), ("--dataset cifar11", "cifar100"), ("--dataset shapes", "--data_path"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from auccl_loss import AUCCLLoss
-from benchmarks import bias, losses, pictures, study
+from benchmarks import bias, losses, measure, pictures, study
 from benchmarks.measure import read_table, write_table
 from benchmarks.runs import METHODS, STUDIES, Config, Study
 from cifar import main as cifar
@@ -375,3 +375,18 @@ def test_objective_draws_times_with_their_growth_and_main_writes_the_pictures_of
     assert [path.name for path in tmp_path.glob("*.svg")] == ["objective.svg"]
     with pytest.raises(UserError, match="no table"):
         pictures.main([str(tmp_path / "empty")])
+
+
+# ------------------------------------------------------------------------------------------------------ floor
+
+def test_the_floor_of_a_step_is_its_products_and_the_profile_names_them():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+
+    def step():
+        network(torch.ones(2, 3, 4, 4)).sum().backward()
+    with measure.RecordProducts() as floor:
+        step()
+    names = [function.overloadpacket.__name__ for function, *_ in floor.calls]
+    assert sorted(names) == ["addmm", "convolution", "convolution_backward", "mm", "mm"]
+    floor()
+    assert "convolution" in measure.time_shares(step, least=0.0)

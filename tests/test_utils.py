@@ -130,13 +130,13 @@ def objective(*argv):
 def test_presets_fill_in_the_flags_that_are_not_given():
     args, parser = objective("--negative_weight", "sum")
     assert (args.learn, args.widths, args.weights_lr, args.lr) == (None, [8, 4], 0.1, 1e-3)
-    assert utils.objective_arguments(args) == {"negative_weight": "sum"}
+    assert utils.build_criterion(args).negative_weight == "sum" and args.learn == ["a", "b", "alpha"]
     assert "rate (default: 0.001; 0.01 for released-x)" in parser.format_help()
     assert objective("--preset", "released-x", "--lr", "2")[0].lr == 2
     assert objective("--preset", "of-my-own")[0].lr == 1e-3
-    assert utils.objective_arguments(objective("--learn", "none")[0]) == {"learn": []}
+    assert not utils.build_criterion(objective("--learn", "none")[0]).param_groups(1)
     for argv, message in ((["--preset", "released-x", "--score", "unit"], "--score cannot be used with"),
-                          (["--preset", "released-y"], "choose paper or released-x"),
+                          (["--preset", "released-y"], "released-y is not for this script"),
                           (["--learn", "none", "a"], "--learn none contradicts"),
                           (["--learn", "none", "--weights_lr", "1"], "--weights_lr cannot be used with")):
         assert message in refusal(objective, *argv)
