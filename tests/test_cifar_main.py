@@ -320,7 +320,9 @@ def test_checkpoints_that_cannot_be_resumed(images, uninterrupted, tmp_path):
     assert "other images" in refused(flags(tmp_path / "images", output))
     with utils.lock_folder(output):
         assert "error: another run" in interrupt.run(arguments, tmp_path, code=2).stderr
-    torch.save({"args": utils.plain(main.parse_args(arguments))}, checkpoint)
+    args = main.parse_args(arguments)
+    utils.build_criterion(args)  # as main does
+    torch.save({"args": utils.plain(args)}, checkpoint)
     assert "does not fit" in refused(arguments)
     checkpoint.unlink()
     assert "log.txt belongs to another run" in refused(arguments)
