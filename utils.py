@@ -283,6 +283,7 @@ def select_amp(name: str, device):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        native &= torch.backends.cpu.get_cpu_capability() == "AVX512"  # not if ATEN_CPU_CAPABILITY forbids it
     return torch.bfloat16 if native or name == "bf16" else None
 
 

@@ -147,10 +147,12 @@ def test_presets_fill_in_the_flags_that_are_not_given():
 def test_amp_is_bf16_only_where_asked_or_native(monkeypatch):
     cpu = torch.device("cpu")
     assert utils.select_amp("auto", torch.device("mps")) is None
-    for native in (True, False):
+    for native, capability in ((True, "AVX512"), (False, "AVX512"), (True, "AVX2")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        auto = torch.bfloat16 if native and capability == "AVX512" else None
         assert [utils.select_amp(name, cpu) for name in ("none", "bf16", "fp16", "auto")] == [
-            None, torch.bfloat16, torch.float16, torch.bfloat16 if native else None]
+            None, torch.bfloat16, torch.float16, auto]
     for dtype in (torch.bfloat16, None):
         with utils.autocast(cpu, dtype):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is (dtype or torch.float32)
