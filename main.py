@@ -21,7 +21,7 @@ from utils import UserError, boolean, non_negative_float, non_negative_int, posi
 # Defaults by preset; those of `paper` serve every preset that is not here. Reasons: results/README.md.
 RECIPES = {
     "paper": dict(out_dim=1024, weights_lr=1e-3, rand_augment="none", erasing=0.0),
-    "released-imagenet": dict(out_dim=65536, weights_lr=None, rand_augment="rand-n2-m10-mstd0.5",
+    "released-imagenet": dict(out_dim=65536, weights_lr=1e-3, rand_augment="rand-n2-m10-mstd0.5",
                               erasing=0.2),
 }
 FREE_ON_RESUME = ("output_dir", "data_path", "deterministic", "device", "dist_url", "local_rank",
@@ -282,7 +282,7 @@ def build_optimizer(run):
         if parameter.requires_grad:
             (others if parameter.ndim == 1 or name.endswith("original0") else decayed).append(parameter)
     groups = [{"params": decayed, "lr": run.peak_lr}, {"params": others, "lr": run.peak_lr},
-              *run.criterion.param_groups(run.args.weights_lr or 0.0)]
+              *run.criterion.param_groups(run.args.weights_lr)]
     groups = [{**group, "lr_scale": group["lr"] / run.peak_lr} for group in groups]
     if run.args.optimizer == "adamw":
         return torch.optim.AdamW(groups, weight_decay=0.0, fused=run.device.type in ("cpu", "cuda"))

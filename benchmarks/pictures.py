@@ -111,18 +111,18 @@ def draw_batch_size(rows):
 
 
 def draw_summary(rows, accuracies):
-    """The README's picture: bias (on AUC-CL's network) and linear accuracy by batch size."""
+    """The README's picture: bias (on AUC-CL's network) and k-NN accuracy by batch size."""
     figure, [axes] = panels(2, 4.5, 3.3)
     for style, name, loss in zip(STYLES, ("AUC-CL", "NT-Xent"), ("AUC-CL", "NT-Xent, T = 0.1")):
         points = sorted((row for row in rows if (row["network"], row["loss"]) == ("AUC-CL", loss)),
                         key=lambda row: row["batch_size"])
         percent = [[100 * row[field] for row in points] for field in ("bias", "bias_low", "bias_high")]
         draw_line(axes[0], style, name, [row["batch_size"] for row in points], *percent)
-        runs = [row for row in last_rows(accuracies) if re.match(rf"{name} b\d+ s", row["run"])
-                and row["batch_size"] <= 256]
-        draw_over_seeds(axes[1], style, name, runs, "batch_size", "linear")
-    titles = "bias of the minibatch gradient (% of the gradient)", "linear accuracy (%)"
-    for axis, title, ticks in zip(axes, titles, ((4, 16, 64, 256, 1024), (16, 32, 64, 128, 256))):
+    for style, name in zip(STYLES, ("AUC-CL quartic", "NT-Xent", "DCL")):
+        runs = [row for row in last_rows(accuracies) if re.match(rf"{name} b\d+ s", row["run"])]
+        draw_over_seeds(axes[1], style, name, runs, "batch_size", "test_acc@1")
+    titles = "bias of the minibatch gradient (% of the gradient)", "k-NN accuracy (%)"
+    for axis, title, ticks in zip(axes, titles, ((4, 16, 64, 256, 1024), (16, 32, 64, 128, 256, 512))):
         set_log_axis(axis, ticks)
         axis.set_title(title, fontsize=10)
         axis.set(xlabel="batch size (images)")
@@ -303,9 +303,9 @@ def main(argv=None):
                 axis.grid(alpha=0.3)
             figure.savefig(path, dpi=150)
             print(path)
-    if tables["bias"] and tables["batch_size"]:
+    if tables["bias"] and tables["hard_batch"]:
         path = args.folder / f"summary.{args.format}"
-        draw_summary(tables["bias"], tables["batch_size"]).savefig(path, dpi=150)
+        draw_summary(tables["bias"], tables["hard_batch"]).savefig(path, dpi=150)
         print(path)
 
 
