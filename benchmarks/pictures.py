@@ -26,7 +26,7 @@ ACCURACIES = {"test_acc@1": "k-NN", "linear": "linear probe"}
 # colour, marker, dashes: any one of them tells two lines apart, so that the pictures read in black and white
 STYLES = (("black", "o", "-"), ("tab:red", "s", "--"), ("tab:blue", "^", "-."), ("tab:green", "D", ":"),
           ("tab:purple", "v", (0, (5, 1))), ("tab:brown", "x", (0, (3, 1, 1, 1))),
-          ("tab:gray", "P", (0, (1, 1))))
+          ("tab:gray", "P", (0, (1, 1))), ("tab:orange", "*", (0, (7, 2))))
 
 
 def read(path: Path) -> list[dict]:
@@ -252,8 +252,8 @@ def draw_bias(rows):
             axis.set(title=f"network trained by {network}", ylabel=title, yscale="log",
                      xlabel="batch size (images)")
             set_log_axis(axis, [row["batch_size"] for row in rows])
-    most = max(grid[:, 0], key=lambda axis: len(axis.lines))
-    figure.legend(*most.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8,
+    lines = {line.get_label(): line for axis in grid[:, 0] for line in axis.lines}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, fontsize=8,
                   title="g: minibatch gradient, G: the population's; shaded: 95 % interval; "
                         f"what is below {LOWEST:g} is drawn there")
     return figure
