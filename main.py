@@ -431,7 +431,7 @@ def main(argv=None):
     distributed.leave()
 
 
-def train(args, device, criterion):
+def train(args, device, criterion=None):
     """Trains to the end, or resumes. The first rank writes the files."""
     folder, first = args.output_dir, distributed.rank() == 0
     checkpoint, curves = folder / "checkpoint.pth", folder / "curves.png"
