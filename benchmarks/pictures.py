@@ -183,7 +183,8 @@ def draw_views(rows):
              for setting, holds in settings.items()}
     for axis, (field, title) in zip(axes, ACCURACIES.items()):
         for style, name, records in styled(lines):
-            draw_over_seeds(axis, style, name, records, "views", field)
+            if len({row["views"] for row in records}) > 1:
+                draw_over_seeds(axis, style, name, records, "views", field)
         axis.set(xlabel="views of an image", ylabel=f"{title} accuracy, top-1 (%)")
         set_log_axis(axis, [row["views"] for row in final])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
