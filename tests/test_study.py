@@ -61,20 +61,24 @@ def test_a_study_gives_a_row_per_epoch_and_linear_accuracy_in_the_last(driver):
     assert rows[0]["weights_lr"] == "0.01" and rows[3]["weights_lr"] == "" and "8" in rows[3]["options"]
     assert float(rows[5]["a"]) == pytest.approx(float(rows[5]["positive"]), abs=0.1)  # of the last batch
     assert (driver.folder / "two" / "closed" / "checkpoint.pth").exists()
+    side_by_side = driver("--processes", "2", folder="side by side")
+    assert {str(row) for row in side_by_side} == {str(row) for row in rows}
 
 
-def test_runs_side_by_side_give_the_rows_of_runs_in_turn(driver):
-    rows = [driver(*flags, folder=flags[-1]) for flags in (["--processes", "1"], ["--processes", "2"])]
-    assert len(rows[0]) == 6 and {str(row) for row in rows[0]} == {str(row) for row in rows[1]}
-
-
-def test_a_run_whose_process_dies_stops_no_other(driver, monkeypatch, capsys):
+@pytest.mark.parametrize("processes, message", [("1", "training diverged"), ("2", "its process died")])
+def test_a_run_that_fails_or_dies_stops_no_other(driver, monkeypatch, capsys, processes, message):
     train = cifar.train
-    monkeypatch.setattr(cifar, "train", lambda args, *rest: os.kill(os.getpid(), signal.SIGKILL)
-                        if args.output_dir.name == "learned" else train(args, *rest))
+
+    def fails(args, *rest):
+        if args.output_dir.name != "learned":
+            return train(args, *rest)
+        if processes == "2":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise UserError("training diverged")
+    monkeypatch.setattr(cifar, "train", fails)
     with pytest.raises(UserError, match="1 of 2 runs failed: learned"):
-        driver("--processes", "2")
-    assert "learned: its process died" in capsys.readouterr().err
+        driver("--processes", processes)
+    assert f"learned: {message}" in capsys.readouterr().err
     assert {row["run"] for row in read_table(driver.folder / "two.csv")} == {"closed"}
 
 
@@ -94,20 +98,6 @@ def test_an_interrupted_study_resumes_inside_a_run(driver, monkeypatch):
     assert not list(driver.folder.glob("two/*/checkpoint.pth"))
 
 
-def test_a_failing_run_stops_no_other(driver, monkeypatch, capsys):
-    train = cifar.train
-
-    def fails(args, *rest):
-        if args.output_dir.name == "learned":
-            raise UserError("training diverged")
-        return train(args, *rest)
-    monkeypatch.setattr(cifar, "train", fails)
-    with pytest.raises(UserError, match="1 of 2 runs failed: learned"):
-        driver()
-    assert "learned: training diverged" in capsys.readouterr().err
-    assert {row["run"] for row in read_table(driver.folder / "two.csv")} == {"closed"}
-
-
 @pytest.mark.parametrize("flags, message", [
     (["--only", "nothing"], "none of learned, closed"), (["--images", "1000"], "100 per class"),
     (["--wrong", "1"], "learned: .*--wrong"), (["--negative_weight", "4"], "closed: --negative_weight")])
@@ -116,20 +106,16 @@ def test_a_study_refuses_flags_without_effect(driver, flags, message):
         driver(*flags)
 
 
-def test_chosen_images_are_balanced_and_always_the_same(images):
-    first, second = (study.choose_images(images, 50) for _ in range(2))
-    assert first.bank_labels.bincount().tolist() == [5] * 10
-    assert torch.equal(first.train, second.train) and torch.equal(first.train, first.bank)
-
-
-def test_held_out_images_are_balanced_and_no_training_images(images, driver):
+def test_choices_of_images_are_balanced_and_held_out_ones_are_no_training_images(images, driver):
+    chosen, again = (study.choose_images(images, 50) for _ in range(2))
+    assert chosen.bank_labels.bincount().tolist() == [5] * 10
+    assert torch.equal(chosen.train, again.train) and torch.equal(chosen.train, chosen.bank)
     held = study.hold_out(images, 20)
     assert held.test_labels.bincount().tolist() == [2] * 10 and len(held.train) == 100
     train, test = ({image.numpy().tobytes() for image in part} for part in (held.train, held.test))
     assert train | test == {image.numpy().tobytes() for image in images.train} and not train & test
-    seen = {(image.sum().item(), label.item()) for image, label in zip(images.bank, images.bank_labels)}
-    assert seen == {(image.sum().item(), label.item()) for part in (held[1:3], held[3:])
-                    for image, label in zip(*part)}
+    for part, labels in (held[1:3], held[3:]):  # an image's brightness tells its label
+        assert torch.equal(((part.float().mean((1, 2, 3)) - 29.5) / 20).round().long(), labels)
     assert driver("--held_out", "20") == []
     assert {row["run"] for row in read_table(driver.folder / "two_held_out.csv")} == {"learned", "closed"}
 
@@ -167,15 +153,12 @@ def test_lightly_has_the_losses_of_all_studies():
         assert criterion(*views).isfinite() and criterion.means.shape == (2,), config
 
 
-def test_a_loss_of_lightly_without_lightly_says_what_to_install(monkeypatch):
+def test_losses_of_lightly_need_lightly_and_two_views(monkeypatch):
+    with pytest.raises(UserError, match="leave --views out"):
+        losses.Peer(nn.MSELoss())(*torch.randn(3, 4, 5))
     monkeypatch.setitem(sys.modules, "lightly", None)
     with pytest.raises(UserError, match="pip install lightly"):
         losses.build_loss("NTXentLoss")
-
-
-def test_a_peer_takes_two_views():
-    with pytest.raises(UserError, match="leave --views out"):
-        losses.Peer(nn.MSELoss())(*torch.randn(3, 4, 5))
 
 
 def test_per_anchor_weighs_the_spread_of_each_anchor_by_earlier_batches():
@@ -245,11 +228,10 @@ def test_the_estimate_agrees_with_enumeration(population, name):
 
 
 @pytest.mark.parametrize("length", [0.0, 0.5])
-def test_the_norm_of_a_mean_is_free_of_variance(length):
+def test_the_interval_of_the_norm_of_a_mean_holds_it_95_times_of_100(length):
     generator = torch.Generator().manual_seed(0)
-    mean = torch.tensor([0.6, -0.8, 0.0]) * length  # the square of a mean of 8 draws has 3/8 on top
+    mean = torch.tensor([0.6, -0.8, 0.0]) * length
     draws = [mean + torch.randn(bias.GROUPS, 3, generator=generator) for _ in range(1000)]
-    assert sum(bias.squared_mean(rows)[0] for rows in draws) / 1000 == pytest.approx(length**2, abs=0.03)
     intervals = [bias.norm_of_mean(rows, 1.0)[1:] for rows in draws]
     assert sum(low <= length <= high for low, high in intervals) > 900
 
@@ -302,69 +284,40 @@ def drawn(axis):
     return {line.get_label(): tuple(map(list, line.get_data(orig=True))) for line in axis.lines}
 
 
+VIEWS = [row(f"DCL V{views} b{size} e{epochs} s0", views=views, batch_size=size, epochs=epochs, linear=linear)
+         for views, size, epochs, linear in (
+             (2, 256, 20, 50), (4, 128, 10, 51), (8, 64, 5, 52), (8, 256, 5, 53), (4, 256, 5, 54),
+             (2, 256, 5, 55), (4, 128, 5, 56))]
+BIAS = [{"network": network, "loss": "DCL", "batch_size": size}
+        | {name + end: 0.0 for name in ("bias", "tangent", "deviation") for end in ("", "_low", "_high")}
+        for network in "PQ" for size in (8, 4)]
+
+
+@pytest.mark.parametrize("draw, rows, panel, expected", [
+    (pictures.draw_convergence, [row("DCL", epoch) for epoch in (-1, 0, 1)], 0,
+     {"DCL": ([0, 1, 2], [29, 30, 31])}),
+    (pictures.draw_seeds, [row(f"DCL s{seed}", epoch) for seed in (0, 2) for epoch in (-1, 0, 1)], 0,
+     {"DCL": ([1, 2], [30, 31])}),
+    (pictures.draw_views, VIEWS, 1, {"DCL, equal views seen": ([2, 4, 8], [50, 51, 52]),
+                                     "DCL, equal epochs and views a step": ([2, 4, 8], [55, 56, 52]),
+                                     "DCL, equal epochs and images a step": ([2, 4, 8], [55, 54, 53])}),
+    (pictures.draw_all_images, [row("worse"), row("better", linear=50), row("begun", epoch=0)], 0,
+     {"k-NN": ([31, 31], [0, 1]), "linear probe": ([50, 31], [0, 1])}),
+    (pictures.draw_ablation, [*map(row, ("base", "nu 1, kappa 1", "nu sum, kappa 1", "nu 2, kappa nu"))], 1,
+     {"kappa = 1": (["1", "16", "sum"], [31, 31, 31]), "kappa = nu": (["2"], [31])}),
+    (pictures.draw_trajectories, [row(run, epoch) for run in ("base", "nu 1, kappa 1") for epoch in (-1, 1)],
+     1, {"base": ([0, 2], [0.95, 0.95])}),
+    (pictures.draw_bias, BIAS, 3, {"DCL": ([4, 8], [pictures.LOWEST] * 2)})])  # the second network's
+def test_what_pictures_draw(draw, rows, panel, expected):
+    assert drawn(draw(rows).axes[panel]) == expected
+
+
 def test_batch_size_draws_means_over_seeds_and_their_range():
-    runs = [row(f"{name} b{size} s{seed}", batch_size=size, linear=40 + seed)
-            for size in (64, 16) for seed in (0, 1) for name in ("AUC-CL", "AUC-CL, a b alpha held")]
+    runs = [row(f"DCL b{size} s{seed}", batch_size=size, linear=40 + seed)
+            for size in (64, 16) for seed in (0, 1)]
     axis = pictures.draw_batch_size(runs).axes[1]
-    assert drawn(axis) == {name: ([16, 64], [40.5, 40.5]) for name in ("AUC-CL", "AUC-CL, a b alpha held")}
+    assert drawn(axis) == {"DCL": ([16, 64], [40.5, 40.5])}
     assert axis.collections[0].get_paths()[0].get_extents().intervaly.tolist() == [40, 41]
-
-
-def test_convergence_draws_accuracy_by_epoch_and_second():
-    left, right = pictures.draw_convergence([row("AUC-CL", epoch) for epoch in (-1, 0, 1)]).axes
-    assert drawn(left) == {"AUC-CL": ([0, 1, 2], [29, 30, 31])} and drawn(right)["AUC-CL"][0] == [-9, 0, 9]
-
-
-def test_seeds_are_drawn_as_their_mean_and_range():
-    rows = [row(f"{name} s{seed}", epoch, linear=40 + seed if epoch == 1 else None)
-            for name in ("AUC-CL hard", "DCL") for seed in (0, 2) for epoch in (-1, 0, 1)]
-    left, right = pictures.draw_seeds(rows).axes
-    assert drawn(left) == {name: ([1, 2], [30, 31]) for name in ("AUC-CL hard", "DCL")}
-    assert [label.get_text() for label in right.get_yticklabels()] == ["AUC-CL hard", "DCL"]
-    assert [[*map(float, line.get_xdata())] for line in right.lines[:4]] == [[31, 31], [31], [40, 42], [41]]
-
-
-def test_views_are_drawn_by_what_is_equal():
-    runs = [(2, 256, 20, 50), (4, 128, 10, 51), (8, 64, 5, 52), (8, 256, 5, 53), (4, 256, 5, 54),
-            (2, 256, 5, 55), (4, 128, 5, 56)]
-    rows = [row(f"AUC-CL hard V{v} b{size} e{epochs} s0", views=v, batch_size=size, epochs=epochs,
-                linear=linear) for v, size, epochs, linear in runs]
-    axis = pictures.draw_views(rows).axes[1]
-    assert drawn(axis) == {"AUC-CL hard, equal views seen": ([2, 4, 8], [50, 51, 52]),
-                           "AUC-CL hard, equal epochs and views a step": ([2, 4, 8], [55, 56, 52]),
-                           "AUC-CL hard, equal epochs and images a step": ([2, 4, 8], [55, 54, 53])}
-
-
-def test_all_images_draws_the_best_run_at_the_top():
-    axis = pictures.draw_all_images([row("worse"), row("better", linear=50), row("begun", epoch=0)]).axes[0]
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["better", "worse"]
-    assert drawn(axis) == {"k-NN": ([31, 31], [0, 1]), "linear probe": ([50, 31], [0, 1])}
-    assert axis.yaxis_inverted()
-
-
-def test_ablation_draws_variants_nu_and_projector():
-    names = ("base", "all held", "nu 1, kappa 1", "nu sum, kappa 1", "nu 2, kappa nu")
-    narrow = row("projector 8-4", projector="8 4", linear=20)
-    left, middle, right = pictures.draw_ablation([*map(row, names), narrow]).axes
-    assert [label.get_text() for label in left.get_yticklabels()] == ["base", "all held"]
-    assert drawn(middle) == {"kappa = 1": (["1", "16", "sum"], [31, 31, 31]), "kappa = nu": (["2"], [31])}
-    assert drawn(right)["linear probe"] == ([8, 64], [20, 31])
-
-
-def test_trajectories_draw_weights_and_scores_of_chosen_runs():
-    rows = [row(name, epoch) for name in ("base", "nu 1, kappa 1") for epoch in (-1, 1)]
-    left, right = pictures.draw_trajectories(rows).axes
-    assert drawn(left)["a"] == ([0, 2], [0.9, 0.9]) and drawn(left)["negative"][1] == [None, 0.2]
-    assert drawn(right) == {"base": ([0, 2], [0.95, 0.95])}
-
-
-def test_bias_draws_a_row_of_axes_per_network():
-    figures = {name + end: value for name in ("bias", "tangent", "deviation")
-               for end, value in (("", 0.0), ("_low", 0.0), ("_high", 0.1))}
-    rows = [{"network": network, "loss": "AUC-CL", "batch_size": size} | figures
-            for network in "PQ" for size in (8, 4)]
-    axes = pictures.draw_bias(rows).axes
-    assert len(axes) == 6 and drawn(axes[3]) == {"AUC-CL": ([4, 8], [pictures.LOWEST] * 2)}
 
 
 def test_objective_draws_times_with_their_growth_and_main_writes_the_pictures_of_tables(tmp_path):
