@@ -2,9 +2,7 @@
 import contextlib
 import os
 import re
-import signal
 import socket
-import time
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -15,8 +13,6 @@ import torch
 import torch.distributed as dist
 from conftest import refusal, run_ranks
 
-MEETING = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-
 
 @pytest.fixture
 def environment(monkeypatch):
@@ -24,33 +20,30 @@ def environment(monkeypatch):
     return lambda **values: monkeypatch.setattr(os, "environ", values)
 
 
-@pytest.mark.parametrize("values, message", [
-    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 and RANK=None contradict"), ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 and"),
-    ({"WORLD_SIZE": "x"}, "WORLD_SIZE='x' is no whole number"),
-    ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 contradict"), ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK=-1"),
-    ({"WORLD_SIZE": "2", "RANK": "0"}, "do not meet.*MASTER_"),
-    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "x"}, "SLURM_NTASKS='x' is no whole number"),
-    ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "1"},
-     "cannot resolve host 'nowhere.invalid'; check")])
-def test_impossible_variables_are_refused_at_once(environment, monkeypatch, values, message):
+PAIR = {"WORLD_SIZE": "2", "RANK": "0"}
+
+
+@pytest.mark.parametrize("values, url, message", [
+    ({"WORLD_SIZE": "2"}, "env://", "WORLD_SIZE=2 and RANK=None contradict"),
+    ({"WORLD_SIZE": "x"}, "env://", "WORLD_SIZE='x' is no whole number"),
+    ({"WORLD_SIZE": "2", "RANK": "2"}, "env://", "RANK=2 contradict"),
+    (PAIR, "env://", "do not meet.*MASTER_"),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "x"}, "env://", "SLURM_NTASKS='x' is no whole number"),
+    (PAIR | {"MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "1"}, "env://",
+     "cannot resolve host 'nowhere.invalid'; check"),
+    (PAIR, "file:///nowhere/x/meet", "no folder /nowhere/x"), (PAIR, "nonsense", "do not meet at nonsense"),
+    (PAIR, "tcp://localhost:99999", "do not meet at tcp://localhost:99999")])
+def test_a_rendezvous_that_cannot_be_is_refused_at_once(environment, monkeypatch, values, url, message):
     def resolve(host, port):
         if host != "localhost":
             raise OSError("Name or service not known")
     monkeypatch.setattr(distributed.socket, "getaddrinfo", resolve)  # without asking a name server
     environment(**values)
-    assert re.search(message, refusal(distributed.init_distributed, "cpu"))
-
-
-@pytest.mark.parametrize("url, message", [
-    ("file:///nowhere/x/meet", "no folder /nowhere/x"), ("nonsense", "do not meet at nonsense"),
-    ("tcp://localhost:99999", "do not meet at tcp://localhost:99999")])
-def test_rendezvous_that_cannot_be(environment, url, message):
-    environment(WORLD_SIZE="2", RANK="0")
-    assert message in refusal(distributed.init_distributed, "cpu", url)
+    assert re.search(message, refusal(distributed.init_distributed, "cpu", url))
 
 
 def test_a_rank_that_waits_says_so(environment, monkeypatch, capfd, tmp_path):
-    environment(WORLD_SIZE="2", RANK="0")
+    environment(**PAIR)
     monkeypatch.setattr(distributed, "PATIENCE", 0.1)
     monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=0.5))
     url = f"file://{tmp_path}/meet"
@@ -121,7 +114,7 @@ def test_what_slurm_says(environment, given, expected):
     assert {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} == expected
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 3])
 def test_shares_sums_and_gathers(world):
     rows = torch.arange(14).view(7, 2)
 
@@ -138,10 +131,6 @@ def test_shares_sums_and_gathers(world):
         assert same and other == (world == 1)
 
 
-def script(main):
-    return SimpleNamespace(main=lambda arguments: main())
-
-
 def test_a_restart_does_not_see_the_addresses_of_the_attempt_before(environment, monkeypatch):
     """torchrun keeps its store, with those of the processes that ended."""
     outliving, stores = dist.HashStore(), []
@@ -150,23 +139,10 @@ def test_a_restart_does_not_see_the_addresses_of_the_attempt_before(environment,
     for waits_for_others in ("_check_address", "_notice_lost_hosts"):
         monkeypatch.setattr(distributed, waits_for_others, lambda *args: None)
     for attempt in ("0", "1"):
-        environment(WORLD_SIZE="2", RANK="0", TORCHELASTIC_RESTART_COUNT=attempt, **MEETING)
+        environment(**PAIR, TORCHELASTIC_RESTART_COUNT=attempt, MASTER_ADDR="localhost", MASTER_PORT="29500")
         distributed.init_distributed("cpu")
         stores[-1].set("address", attempt)
     assert [store.get("address") for store in stores] == [b"0", b"1"]
-
-
-def test_a_killed_rank_ends_the_others_within_seconds(tmp_path):
-    def main():
-        distributed.init_distributed("cpu")
-        for step in range(10**9):
-            distributed.sum_of_floats(step)
-            if distributed.rank() == 1 and step == 5:
-                os.kill(os.getpid(), signal.SIGKILL)
-    started = time.monotonic()
-    first, _ = interrupt.run_ranks([], tmp_path, script(main), codes=(1, -signal.SIGKILL))
-    assert time.monotonic() - started < 20
-    assert first.stderr.startswith("error: rank 0: lost contact") and first.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux")
@@ -180,6 +156,7 @@ def test_connections_between_hosts_are_probed(tmp_path):
                     print(connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
                           connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
         distributed.leave()
-    for result in interrupt.run_ranks([], tmp_path, script(main), codes=(0, 0)):
+    script = SimpleNamespace(main=lambda arguments: main())
+    for result in interrupt.run_ranks([], tmp_path, script, codes=(0, 0)):
         probed = result.stdout.splitlines()  # of the store's connection and gloo's
         assert len(probed) > 1 and set(probed) == {"1 30000"}, result

