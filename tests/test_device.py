@@ -17,6 +17,7 @@ from cifar import main as cifar
 from data import build_splits, eval_transform
 from eval_knn import knn_accuracy
 from fake_cuda import CudaTensor, DeviceError, FakeCuda
+from neighbours import nearest_rows
 from torch.testing import assert_close
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -128,8 +129,7 @@ def test_evaluation(images, gpu, one_thread):
     assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_the_objective_is_exact_whatever_training_does(gpu, monkeypatch):
-    """TF32 for products outside of the objective and k-NN alone."""
+def test_the_objective_and_knn_are_exact_whatever_training_does(gpu, monkeypatch):
     seen, matmul = [], torch.backends.cuda.matmul
 
     def tf32():
@@ -139,14 +139,16 @@ def test_the_objective_is_exact_whatever_training_does(gpu, monkeypatch):
     with gpu:
         utils.set_backends(CUDA, deterministic=False)
         assert tf32() and torch.backends.cudnn.benchmark
-        for name in ("symmetric_moments", "teacher_student_moments"):
-            function = getattr(auccl_loss, name)
-            monkeypatch.setattr(auccl_loss, name, lambda *args, function=function, **more: (
+        for module, name in ((auccl_loss, "symmetric_moments"), (auccl_loss, "teacher_student_moments"),
+                             (torch, "mm")):
+            function = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *args, function=function, **more: (
                 seen.append(tf32()), function(*args, **more))[1])
+        nearest_rows(*views[0].to(CUDA), k=3)
         for preset in ("paper", "hard", "quartic"):
             criterion = AUCCLLoss.preset(preset).to(CUDA)
             criterion(*views[0].to(CUDA)), criterion.teacher_student(*views.to(CUDA))
-        assert seen == [False] * 6 and tf32()
+        assert seen == [False] * 7 and tf32()
         if REAL:
             assert AUCCLLoss().to(CUDA)(*views[0].to(CUDA)).item() == pytest.approx(exact.item(), rel=1e-5)
         utils.set_backends(CUDA, deterministic=True, tf32=False)

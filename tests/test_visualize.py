@@ -51,7 +51,7 @@ def test_attention_of_our_and_timms_vits(arch, prefix):
 
 
 @pytest.mark.parametrize("arch, shape", [
-    ("vit_tiny", (4, 4, 192)), ("cifar/tiny", (8, 8, 64)), ("timm/resnet18", (2, 2, 512)),
+    ("vit_tiny", (4, 4, 192)), ("cifar/tiny", (8, 8, 64)), ("timm/efficientnet_b0", (2, 2, 1280)),
     ("timm/swin_tiny_patch4_window7_224", (2, 2, 768))])
 def test_patch_features_of_any_network(arch, shape):
     torch.manual_seed(0)
