@@ -61,6 +61,8 @@ def test_what_a_run_leaves_behind(whole, images):
                                "test_class_acc1"}
     assert state["best_acc"] == max(record["test_acc1"] for record in records)
     assert records[0]["train_lr"] == pytest.approx(5e-4 * 6 / 256) and records[2]["train_lr"] == 1e-6
+    groups = state["optimizer"]["param_groups"]  # as the last step left them
+    assert {round(group["lr"] / group["lr_scale"], 12) for group in groups} == {1e-6}
 
     exported = whole / "classifier.safetensors"
     model, description = pretrained.load_backbone(exported)
@@ -168,23 +170,12 @@ def test_layers_learn_at_rates_that_decay_from_the_top(arch, stages):
     assert not groups
 
 
-def test_every_step_scales_the_schedule_by_layer(whole):
-    groups = outcome(whole)[0]["optimizer"]["param_groups"]
-    assert {round(group["lr"] / group["lr_scale"], 12) for group in groups} == {1e-6}  # of the last step
-    assert min(group["lr_scale"] for group in groups) == pytest.approx(0.75 ** 13)
-
-
-@pytest.mark.parametrize("more, counts", [((), [6, 7, 8]), (("--fraction", 0.5), [3, 4, 4]),
-                                          (("--shots", 2), [2, 2, 2])])
-def test_fractions_and_shots_choose_what_eval_linear_chooses(images, tmp_path, more, counts):
-    run = build(images, tmp_path, *more, "--seed", 3)
-    targets = torch.tensor(run.train.images.targets)
-    assert targets.bincount().tolist() == counts and len(run.train) == sum(counts)
-    everything = data.build_dataset("folder", images, "train")
-    rows = data.choose_subset(torch.tensor(everything.targets), run.args.shots, run.args.fraction, 3)
-    assert list(run.train.images.indices) == rows.tolist()
+def test_a_fraction_is_eval_linears_and_an_epoch_holds_no_image_twice(images, tmp_path):
+    run = build(images, tmp_path, "--fraction", 0.7, "--seed", 3)
+    targets = torch.tensor(data.build_dataset("folder", images, "train").targets)
+    assert list(run.train.images.indices) == data.choose_subset(targets, None, 0.7, 3).tolist()
     keys = [key for batch in eval_finetune.make_loader(run).batch_sampler for key in batch]
-    assert len({index for index, _ in keys}) == len(keys) == sum(counts) // 6 * 6
+    assert len({index for index, _ in keys}) == len(keys) == 12  # of 15
 
 
 def test_views_depend_on_index_and_seed_alone(images, tmp_path):

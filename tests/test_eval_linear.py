@@ -123,18 +123,12 @@ def test_subsets_are_balanced_and_seeded(shots, fraction, counts):
 
 @pytest.mark.parametrize("count, size, world, steps", [
     (100, 32, 1, 4), (100, 32, 2, 4), (3, 256, 2, 1), (5, 4, 4, 1)])
-def test_batches_hold_every_image_once_over_ranks(count, size, world, steps, monkeypatch):
-    """And leave no rank without an image."""
-    seen = []
+def test_batches_hold_every_image_once_and_leave_no_rank_without(count, size, world, steps, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: world)
-    for rank in range(world):
-        monkeypatch.setattr(distributed, "rank", lambda: rank)
-        batches = eval_linear.epoch_batches(count, size, seed=5, epoch=3)
-        shares = [distributed.share(batch).tolist() for batch in batches]
-        assert len(shares) == steps and all(shares)
-        seen += sum(shares, [])
-    assert sorted(seen) == list(range(count))
-    assert max(map(len, batches)) - min(map(len, batches)) <= 1
+    batches = eval_linear.epoch_batches(count, size, seed=5, epoch=3)
+    sizes = [len(batch) for batch in batches]
+    assert len(sizes) == steps and min(sizes) >= world and max(sizes) - min(sizes) <= 1
+    assert torch.cat(batches).sort().values.tolist() == list(range(count))
     assert not torch.equal(torch.cat(batches), torch.cat(eval_linear.epoch_batches(count, size, 5, epoch=4)))
 
 
@@ -291,15 +285,12 @@ def test_two_ranks_equal_one(sets, tmp_path, monkeypatch, arguments, tolerance):
 
 
 def test_evaluate_gives_the_accuracy_of_the_run(sets, tmp_path):
-    state, (*_, last), _ = run(tmp_path, *GRID)
+    _, (*_, last), _ = run(tmp_path, *GRID)
     record = run(tmp_path, "--evaluate")
     for name in ("test_acc1", "test_acc5", "lr", "n_last_blocks"):
         assert record[name] == last[name]
     assert record["test_loss"] == pytest.approx(last["test_loss"], rel=1e-5)
-    assert (record["weights"], record["arch"]) == ("random", "vit_tiny")
     assert "another backbone" in refused(tmp_path, "--evaluate", "--seed", "1")
-    utils.save_checkpoint({**state, "state_dict": {}}, tmp_path / "checkpoint.pth.tar")
-    assert "does not fit" in refused(tmp_path, "--evaluate")
 
 
 def test_the_mean_over_classes_decides_where_papers_use_it():

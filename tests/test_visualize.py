@@ -77,28 +77,23 @@ def test_principal_components_with_fixed_signs():
     signs = [np.sign(vector[np.abs(vector).argmax()]) for vector in vectors[:3]]
     np.testing.assert_allclose(points, u[:, :3] * s[:3] * signs, atol=1e-9)
     np.testing.assert_allclose(shares, s[:3] ** 2 / (s ** 2).sum(), atol=1e-12)
-    line = torch.linspace(-1, 1, 9)[:, None]
-    for direction in ([0.0, 3, -1], [0.0, -3, 1]):                     # both are the line's component
-        points, shares = visualize.principal_components(line * torch.tensor(direction), 1)
-        assert (points[-1] > points[0]).item() == (direction[1] > 0) and shares[0] == pytest.approx(1)
 
 
 def test_attention_picture(photos, tmp_path, grids):
     output = tmp_path / "new" / "a.png"
     visualize.main(["attention", "--images", *photos, *VIT, *COMMON, "--output", str(output)])
-    (rows, title), = grids
-    assert "vit_tiny, images of 32 pixels" in title and [row[0][1] for row in rows] == ["0", "1", "2"]
+    (rows, _), = grids
     torch.manual_seed(0)
     backbone, _ = load_backbone(None, None, "vit_tiny", 8, 32, random_weights=True)
     mean, std = (torch.tensor(x) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    for (seen, _), *maps in rows:                                      # the image as the network sees it
+    for number, ((seen, name), *maps) in enumerate(rows):              # the image as the network sees it
         image = ((seen - mean) / std).movedim(-1, 0)[None]
         attention = visualize.last_attention(backbone, image)[0, :, 0, 1:]
         expected = 100 * torch.cat([attention.mean(0, keepdim=True), attention]).unflatten(1, (4, 4))
-        found = torch.stack([values for values, _ in maps])
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-        assert [label.split(":")[0] for _, label in maps] == ["mean", "head 1", "head 2", "head 3"]
-        assert maps[1][1].endswith(f"{expected[1].min():.2g} to {expected[1].max():.2g} %")
+        found, labels = zip(*maps)
+        torch.testing.assert_close(torch.stack(found), expected, rtol=1e-3, atol=1e-4)
+        assert [name, *(label.split(":")[0] for label in labels)] == [
+            str(number), "mean", "head 1", "head 2", "head 3"]
     with Image.open(output) as picture:
         assert picture.format == "PNG" and picture.width > 700 and picture.height > 500
 
