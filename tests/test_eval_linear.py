@@ -207,8 +207,8 @@ def refused(output, *more, images=None):
 def run_on_two_ranks(folder, *more, images=None):
     """The same global batches."""
     more = *more, "--batch_size_per_gpu", 4 if images else 32
-    for ended in interrupt.run_ranks(flags(folder / "two", *more, images=images), folder, eval_linear):
-        assert ended.returncode == 0, ended.stderr
+    command = flags(folder / "two", *more, images=images)
+    interrupt.run_ranks(command, folder, eval_linear, codes=(0, 0))
     return outcome(folder / "two")
 
 
@@ -258,8 +258,7 @@ def test_kill_and_resume_is_bitwise_the_same(sets, tmp_path, monkeypatch):
     monkeypatch.setitem(interrupt.POINTS, "sgd", (torch.optim.SGD, "step"))
     command = flags(tmp_path / "killed", *GRID)
     for point, count in ("fsync", 2), ("fsync", 2), ("sgd", 7), ("replace", 1), ("replace", 2), ("sgd", 6):
-        ended = interrupt.run(command, tmp_path, point, count, script=eval_linear)
-        assert ended.returncode == -9, ended.stderr
+        interrupt.run(command, tmp_path, point, count, script=eval_linear, code=-9)
     assert_same(run(tmp_path / "killed", *GRID), run(tmp_path / "whole", *GRID))
     checkpoint = tmp_path / "killed" / "checkpoint.pth.tar"
     before = checkpoint.read_bytes()
@@ -276,10 +275,6 @@ def test_two_ranks_equal_one(sets, tmp_path, monkeypatch, arguments, tolerance):
     one, records, heads = run(tmp_path / "one", *arguments)
     two, other_records, other_heads = run_on_two_ranks(tmp_path, *arguments)
     assert one["chosen"] == two["chosen"]
-    for index in range(len(heads)):
-        logits = [sets[1].features[:, -weight.shape[1]:] @ weight.T + bias for weight, bias in (
-            [run["heads"][f"heads.{index}.{name}"] for name in ("weight", "bias")] for run in (one, two))]
-        assert (logits[0] - logits[1]).norm() < tolerance * logits[0].norm()
     for record, other in zip(heads + records, other_heads + other_records, strict=True):
         assert record == pytest.approx(other, rel=tolerance)
 
