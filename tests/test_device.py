@@ -144,7 +144,7 @@ def test_the_objective_and_knn_are_exact_whatever_training_does(gpu, monkeypatch
             function = getattr(module, name)
             monkeypatch.setattr(module, name, lambda *args, function=function, **more: (
                 seen.append(tf32()), function(*args, **more))[1])
-        nearest_rows(*views[0].to(CUDA), k=3)
+        nearest_rows(views[0, 0].to(CUDA), views[0, 1, :9].to(CUDA), k=3)
         for preset in ("paper", "hard", "quartic"):
             criterion = AUCCLLoss.preset(preset).to(CUDA)
             criterion(*views[0].to(CUDA)), criterion.teacher_student(*views.to(CUDA))

@@ -33,6 +33,13 @@ def photo(seed, size=(96, 80)):
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
 
 
+def save_photos(folder, count):
+    folder.mkdir()
+    for index in range(count):
+        photo(index).save(folder / f"{index}.png")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """13 images in a folder and its subfolders. Not to be changed."""
@@ -87,10 +94,7 @@ def test_features_and_names_in_one_order(photos, tmp_path, monkeypatch):
 
 
 def test_planted_copies_come_first(tmp_path):
-    folder, output = tmp_path / "photos", tmp_path / "out"
-    folder.mkdir()
-    for index in range(10):
-        photo(index).save(folder / f"{index}.png")
+    folder, output = save_photos(tmp_path / "photos", 10), tmp_path / "out"
     photo(3).resize((60, 50)).save(folder / "resized of 3.png")
     photo(5).save(folder / "encoded of 5.jpg", quality=60)
     photo(7).crop((3, 2, 94, 77)).save(folder / "cropped of 7.png")
@@ -112,10 +116,7 @@ def test_planted_copies_come_first(tmp_path):
 
 
 def test_computed_once_for_the_same_network_and_files(tmp_path, monkeypatch, capsys):
-    folder, output = tmp_path / "photos", tmp_path / "out"
-    folder.mkdir()
-    for index in range(3):
-        photo(index).save(folder / f"{index}.png")
+    folder, output = save_photos(tmp_path / "photos", 3), tmp_path / "out"
     before = np.array(run(folder, output)[0])
     write, computed = embed.write_features, []
     monkeypatch.setattr(embed, "write_features", lambda *args: (computed.append(args[1]), write(*args)))
@@ -152,10 +153,7 @@ def test_an_interrupted_run_leaves_the_old_file_or_none(photos, tmp_path, monkey
 
 @pytest.mark.parametrize("workers", (0, 1))
 def test_an_undecodable_image_is_named_or_skipped(tmp_path, capfd, workers):
-    folder, output, more = tmp_path / "photos", tmp_path / "out", ("--num_workers", workers)
-    folder.mkdir()
-    for index in range(4):
-        photo(index).save(folder / f"{index}.png")
+    folder, output, more = save_photos(tmp_path / "photos", 4), tmp_path / "out", ("--num_workers", workers)
     (folder / "1.png").write_bytes(b"no image")
     message = refusal(run, folder, output, *more)
     assert message.startswith(f"cannot decode image {folder / '1.png'}") and message.endswith(

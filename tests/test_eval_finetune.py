@@ -19,10 +19,15 @@ from PIL import Image
 from vision_transformer import build_backbone
 
 
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch, one_thread):
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow():
     """vit_tiny is quick, and has as many layers as it should."""
-    monkeypatch.setitem(vision_transformer.VIT_ARCHS, "vit_tiny", (32, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(vision_transformer.VIT_ARCHS, "vit_tiny", (32, 2))
+        yield
 
 
 def flags(images, output, *more):
@@ -47,18 +52,15 @@ def outcome(output):
 def whole(images, tmp_path_factory):
     """The folder of a run that nothing interrupted, with an EMA."""
     output = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(vision_transformer.VIT_ARCHS, "vit_tiny", (32, 2))
-        eval_finetune.main(flags(images, output, "--ema", 0.9))
+    eval_finetune.main(flags(images, output, "--ema", 0.9))
     return output
 
 
 def test_what_a_run_leaves_behind(whole, images):
     state, records = outcome(whole)
     assert [record["epoch"] for record in records] == [0, 1, 2] and (state["epoch"], state["step"]) == (3, 0)
-    for record in records:
-        assert set(record) == {"epoch", "train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5",
-                               "test_class_acc1"}
+    assert records[0].keys() == {"epoch", "train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5",
+                                 "test_class_acc1"}
     assert state["best_acc"] == max(record["test_acc1"] for record in records)
     assert records[0]["train_lr"] == pytest.approx(5e-4 * 6 / 256) and records[2]["train_lr"] == 1e-6
     groups = state["optimizer"]["param_groups"]  # as the last step left them
