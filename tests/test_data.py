@@ -170,17 +170,12 @@ class Standin:
         return Image.new("L", (8, 8), index), self.y[index]
 
 
-def everything(split):
-    return [split[index] for index in range(len(split))]
-
-
 @pytest.mark.parametrize("name, constructor, train", [("caltech101", "Caltech101", [30, 30]),
                                                       ("eurosat", "EuroSAT", [40, 42])])
 def test_sets_without_an_official_split_are_split_by_class(name, constructor, train, tmp_path, monkeypatch):
     monkeypatch.setattr(data.tv, constructor, Standin)
     splits = data.build_splits(name, tmp_path)
-    values = [[(image.getpixel((0, 0))[0], label) for image, label in everything(split)]
-              for split in splits]
+    values = [[(image.getpixel((0, 0))[0], label) for image, label in split] for split in splits]
     assert [splits[0].targets.count(label) for label in (0, 1)] == train
     assert sorted(value for value, _ in values[0] + values[1]) == list(range(103))  # all, none twice
     assert all(label == (value >= 50) for part in values for value, label in part)
@@ -242,4 +237,4 @@ def test_sets_of_the_hugging_face_hub(monkeypatch):
     monkeypatch.setattr(timm.data, "create_dataset", create)
     train, test = data.build_splits("hfds/x", None, lambda image: image.getpixel((0, 0)), download=True)
     assert (train.classes, train.targets, test.targets) == (["cat", "dog"], [1, 0, 1], [0, 1])
-    assert everything(train) == [((3,) * 3, 1), ((4,) * 3, 0), ((5,) * 3, 1)]
+    assert list(train) == [((3,) * 3, 1), ((4,) * 3, 0), ((5,) * 3, 1)]

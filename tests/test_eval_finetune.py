@@ -153,8 +153,8 @@ def layer(name, blocks):
     return {"norm": 12, "head": 13, "fc": 1 + len(blocks)}.get(parts[0], 0)
 
 
-@pytest.mark.parametrize("arch, stages", [("vit_tiny", ()), ("cifar/tiny", (1, 1, 1)), ("resnet18", (2,) * 4),
-                                          ("timm/resnet10t", (1,) * 4)])
+@pytest.mark.parametrize("arch, stages", [("vit_tiny", ()), ("resnet18", (2, 2, 2, 2)),
+                                          ("timm/resnet10t", (1, 1, 1, 1))])
 def test_layers_learn_at_rates_that_decay_from_the_top(arch, stages):
     blocks = [(f"layer{stage}", str(i)) for stage, depth in enumerate(stages, 1) for i in range(depth)]
     model = build_backbone(arch, 8, 16)
