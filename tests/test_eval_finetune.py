@@ -65,6 +65,7 @@ def test_what_a_run_leaves_behind(whole, images):
     assert records[0]["train_lr"] == pytest.approx(5e-4 * 6 / 256) and records[2]["train_lr"] == 1e-6
     groups = state["optimizer"]["param_groups"]  # as the last step left them
     assert {round(group["lr"] / group["lr_scale"], 12) for group in groups} == {1e-6}
+    assert min(group["lr_scale"] for group in groups) == pytest.approx(0.75 ** 13)
 
     exported = whole / "classifier.safetensors"
     model, description = pretrained.load_backbone(exported)

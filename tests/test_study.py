@@ -269,7 +269,8 @@ def test_bias_refuses_other_checkpoints_and_batch_sizes(tmp_path):
 
 def row(run, epoch=1, **more):
     return {"run": run, "epoch": epoch, "test_acc@1": 30 + epoch, "linear": 31 if epoch == 1 else None,
-            "batch_size": 256, "projector": "64 32"} | more
+            "a": 0.9, "b": 0.1, "alpha": 0.7, "positive": 0.8, "negative": 0.2, "test_auc": 0.95,
+            "seconds": 9 * epoch, "batch_size": 256, "projector": "64 32"} | more
 
 
 def drawn(axis):
@@ -287,11 +288,13 @@ BIAS = [{"network": network, "loss": "DCL", "batch_size": size}
 
 
 @pytest.mark.parametrize("draw, rows, panel, expected", [
+    (pictures.draw_convergence, [row("DCL", epoch) for epoch in (0, 1)], 1, {"DCL": ([0, 9], [30, 31])}),
+    (pictures.draw_all_images, [row("worse"), row("better", linear=50), row("begun", epoch=0)], 0,
+     {"k-NN": ([31, 31], [0, 1]), "linear probe": ([50, 31], [0, 1])}),
+    (pictures.draw_trajectories, [row(run, epoch) for run in ("base", "nu 1, kappa 1") for epoch in (-1, 1)],
+     1, {"base": ([0, 2], [0.95, 0.95])}),
     (pictures.draw_seeds, [row(f"DCL s{seed}", epoch) for seed in (0, 2) for epoch in (-1, 0, 1)], 0,
      {"DCL": ([1, 2], [30, 31])}),
-    (pictures.draw_batch_size, [row(f"DCL b{size} s{seed}", batch_size=size, linear=40 + seed)
-                                for size in (64, 16) for seed in (0, 1)], 1,
-     {"DCL": ([16, 64], [40.5, 40.5])}),
     (pictures.draw_views, VIEWS, 1, {"DCL, equal views seen": ([2, 4, 8], [50, 51, 52]),
                                      "DCL, equal epochs and views a step": ([2, 4, 8], [55, 56, 52]),
                                      "DCL, equal epochs and images a step": ([2, 4, 8], [55, 54, 53])}),
@@ -300,6 +303,14 @@ BIAS = [{"network": network, "loss": "DCL", "batch_size": size}
     (pictures.draw_bias, BIAS, 3, {"DCL": ([4, 8], [pictures.LOWEST] * 2)})])  # the second network's
 def test_what_pictures_draw(draw, rows, panel, expected):
     assert drawn(draw(rows).axes[panel]) == expected
+
+
+def test_batch_size_draws_means_over_seeds_and_their_range():
+    rows = [row(f"DCL b{size} s{seed}", batch_size=size, linear=40 + seed)
+            for size in (64, 16) for seed in (0, 1)]
+    axis = pictures.draw_batch_size(rows).axes[1]
+    assert drawn(axis) == {"DCL": ([16, 64], [40.5, 40.5])}
+    assert axis.collections[0].get_paths()[0].get_extents().intervaly.tolist() == [40, 41]
 
 
 def test_objective_draws_times_with_their_growth_and_main_writes_the_pictures_of_tables(tmp_path):
