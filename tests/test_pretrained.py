@@ -176,7 +176,7 @@ def test_features_that_are_missing_or_not_finite():
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts files as Linux lists them")
-def test_no_file_of_a_worker_outlives_its_batch(monkeypatch):
+def test_no_file_of_a_worker_outlives_its_batch():
     opened = []
 
     def watched(batch):

@@ -28,7 +28,7 @@ def test_the_first_layer_whitens_patches(images):
     assert torch.equal(responses[27:], -half)
 
 
-def test_whitened_features_have_the_banks_statistics(images):
+def test_whitened_features_have_the_banks_statistics():
     generator = torch.Generator().manual_seed(1)
     mix = torch.randn(6, 6, generator=generator)
     bank, queries = torch.randn(500, 6, generator=generator) @ mix + 3, torch.randn(9, 6, generator=generator)
