@@ -10,16 +10,14 @@ import torch
 import torchvision.transforms.functional as reference
 from PIL import Image, ImageFilter, ImageOps
 from timm.data.auto_augment import rand_augment_transform
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2.functional import resized_crop as resized_crop_v2
 
 import augmentations as ours
 
 STEP = 1 / 255        # of 8 bits
-EXACT = 5e-7          # float arithmetic in another order than torchvision's
 HUE_TOLERANCE = 5e-6  # torchvision's own float error: it divides by the chroma, and multiplies by it again
 BILINEAR, BICUBIC = InterpolationMode.BILINEAR, InterpolationMode.BICUBIC
 ADJUST = [getattr(reference, "adjust_" + name) for name in ("brightness", "contrast", "saturation", "hue")]
@@ -33,7 +31,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def colours(count=48, size=16):
+def colours(count=24, size=16):
     """Random floats, and what colour arithmetic trips over: grey, black, white, pure, and equal channels."""
     images = torch.rand(count, 3, size, size, generator=generator(1))
     images[0] = images[0, :1]
@@ -111,29 +109,14 @@ def jittered(image, order, factors):
     return image
 
 
-def composed(image, row, pil, flip, jitter, grey, blur=None, solarize=None):
-    """torchvision's and PIL's operations in DINO's order, at the parameters drawn for this row."""
+def composed(image, row, flip, jitter, grey, blur=None, solarize=None):
+    """torchvision's operations and our blur in DINO's order, at the parameters drawn for this row."""
     image = reference.hflip(image) if flip[row] else image
     image = jittered(image, *(field[row] for field in jitter[1])) if jitter[0][row] else image
     image = reference.rgb_to_grayscale(image, 3) if grey[0][row] else image
     if blur and blur[0][row]:
-        sigma = blur[1][0][row]
-        image = (image.filter(ImageFilter.GaussianBlur(sigma.item())) if pil else
-                 ours.gaussian_blur(image[None], sigma[None])[0])
-    if solarize and solarize[0][row]:
-        image = ImageOps.solarize(image, 128) if pil else reference.solarize(image, 0.5)
-    return reference.to_tensor(image) if pil else image
-
-
-@pytest.mark.parametrize("operation, low, high", [
-    (ours.BRIGHTNESS, 0, 2.5), (ours.CONTRAST, 0, 2.5), (ours.SATURATION, 0, 2.5), (ours.HUE, -0.5, 0.5)])
-def test_each_colour_operation_equals_torchvision(operation, low, high):
-    images, order = colours(), torch.arange(4).repeat(48, 1)
-    factors = torch.tensor([[1.0, 1.0, 1.0, 0.0]]).repeat(48, 1)    # that of the others keeps the image
-    factors[:, operation] = factor = torch.linspace(low, high, 48)[torch.randperm(48, generator=generator())]
-    expected = torch.stack([ADJUST[operation](image, f.item()) for image, f in zip(images, factor)])
-    result = ours.jitter(images.clone(), order, factors)
-    assert difference(result, expected) < HUE_TOLERANCE and result.min() >= 0 and result.max() <= 1
+        image = ours.gaussian_blur(image[None], blur[1][0][row:row + 1])[0]
+    return reference.solarize(image, 0.5) if solarize and solarize[0][row] else image
 
 
 @pytest.mark.parametrize("factor", [-0.5, -0.1, 0.0, 0.1, 1 / 3, 0.5])
@@ -146,7 +129,7 @@ def test_hue_of_every_corner_and_edge_of_the_colour_cube(factor):
 
 def test_jitter_in_each_of_the_24_orders_equals_torchvision():
     orders = torch.tensor(sorted(permutations(range(4)), key=lambda order: order.index(ours.HUE)))
-    images = colours(len(orders))
+    images = colours()
     factors = torch.rand(24, 4, generator=generator()) * torch.tensor([1.6, 1.6, 1.6, 1])
     factors[:, 3] -= 0.5
     expected = [jittered(*row) for row in zip(images, orders, factors)]
@@ -159,20 +142,17 @@ def test_jitter_in_each_of_the_24_orders_equals_torchvision():
         ours.jitter(images, orders.flip(0), factors)
 
 
-def test_grayscale_and_normalize_equal_torchvision():
-    images, uint8 = colours(), bytes_of()
-    assert difference(ours.grayscale(images.clone()), reference.rgb_to_grayscale(images, 3)) < EXACT
+def test_normalize_equals_torchvision():
+    uint8 = bytes_of()
     expected, before = reference.normalize(uint8 / 255, ours.CIFAR_MEAN, ours.CIFAR_STD), uint8.clone()
     for given in (uint8, uint8 / 255):
         assert difference(ours.normalize(given, ours.CIFAR_MEAN, ours.CIFAR_STD), expected) < 2e-6
     assert torch.equal(uint8, before)
-    assert (ours.IMAGENET_MEAN, ours.IMAGENET_STD) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 @pytest.mark.parametrize("height, width, size, box", [  # enlarged, reduced, both, single pixels, borders
-    (32, 32, 32, (0, 0, 32, 32)), (32, 32, 32, (5, 9, 20, 17)), (32, 32, 32, (31, 31, 1, 1)),
-    (32, 32, 8, (2, 3, 29, 27)), (40, 56, 16, (7, 11, 33, 9)), (40, 56, 16, (0, 40, 11, 16)),
-    (56, 40, 24, (30, 0, 26, 40)), (64, 64, 5, (1, 1, 63, 63))])
+    (32, 32, 32, (5, 9, 20, 17)), (32, 32, 8, (2, 3, 29, 27)), (40, 56, 16, (7, 11, 33, 9)),
+    (32, 32, 32, (31, 31, 1, 1)), (56, 40, 24, (30, 0, 26, 40))])
 def test_crop_resize_equals_torchvision(height, width, size, box):
     images, flip = bytes_of(3, height, width), torch.tensor([False, True, False])
     boxes = torch.tensor([box] * 3, dtype=torch.float)
@@ -190,8 +170,7 @@ def test_crop_resize_equals_torchvision(height, width, size, box):
 
 
 @pytest.mark.parametrize("width, height, size, box", [
-    (120, 90, 32, (0, 0, 90, 120)), (120, 90, 64, (11, 17, 40, 31)), (120, 90, 40, (50, 80, 40, 40)),
-    (120, 90, 16, (89, 119, 1, 1)), (20, 15, 48, (2, 1, 13, 17)), (301, 7, 24, (0, 100, 7, 9))])
+    (120, 90, 32, (0, 0, 90, 120)), (120, 90, 64, (11, 17, 40, 31)), (301, 7, 24, (0, 100, 7, 9))])
 def test_resized_crop_equals_torchvision(width, height, size, box):
     image = photograph(width, height)
     result = ours.resized_crop(tensor_of(image), box, size)
@@ -213,15 +192,12 @@ def test_blur_equals_pil(size):
     assert difference(blurred[0], crops[0] / 255) < 1e-6
 
 
-def test_blur_has_the_variance_of_the_gaussian_and_nearly_its_shape():
+def test_blur_has_the_variance_of_the_gaussian():
     sigma, distance = torch.tensor([0.3, 1.0, 2.0]), torch.arange(41) - 20
     impulse = torch.zeros(3, 1, 41, 41)
     impulse[..., 20, 20] = 1
     profile = ours.gaussian_blur(impulse, sigma)[:, 0].sum(1)       # [3, 41]
     assert torch.allclose((profile * distance**2).sum(1), sigma**2, rtol=1e-4)
-    gauss = torch.exp(-distance**2 / (2 * sigma.view(3, 1)**2))
-    gauss /= gauss.sum(1, keepdim=True)
-    assert ((profile - gauss).abs().amax(1) < 0.1 * gauss.amax(1)).all()
 
 
 def test_solarize_equals_pil():
@@ -248,7 +224,6 @@ def test_rand_augment_equals_timms_and_has_a_seed_per_crop(monkeypatch):
 # ---------------------------------------------------------------------------------------------- distributions
 
 @pytest.mark.parametrize("height, width, scale, ratio", [
-    (32, 32, (0.2, 1.0), (3 / 4, 4 / 3)),
     (96, 64, (0.08, 1.0), (1 / 2, 5 / 4)),     # upright crops: height and width differ in distribution
     (48, 64, (0.7, 1.0), (1 / 3, 3))])         # most tries fail, some images get the central crop
 def test_boxes_are_distributed_as_torchvisions(height, width, scale, ratio):
@@ -281,7 +256,7 @@ def test_crops_of_multi_crop_have_torchvisions_distribution(monkeypatch):
     assert correlation.fill_diagonal_(0).abs().max() < 5 / math.sqrt(600)
 
 
-@pytest.mark.parametrize("height, width", [(32, 32), (20, 90), (90, 20), (31, 64), (65, 30), (1, 1), (64, 1)])
+@pytest.mark.parametrize("height, width", [(32, 32), (20, 90), (65, 30), (1, 1)])
 def test_central_crop_where_no_try_fits(height, width):
     scale, ratio = (4.0, 5.0), (3 / 4, 4 / 3)
     expected = RandomResizedCrop.get_params(torch.empty(3, height, width), scale, ratio)
@@ -289,21 +264,16 @@ def test_central_crop_where_no_try_fits(height, width):
 
 
 def test_erasing_is_distributed_as_timms():
-    def boxes_and_noise(views):
-        erased = views != 99
-        assert torch.equal(erased.all(1), erased.any(1))
-        rows, columns = erased[:, 0].any(2).int(), erased[:, 0].any(1).int()
-        boxes = torch.stack((rows.argmax(1), columns.argmax(1), rows.sum(1), columns.sum(1)), 1)
-        assert torch.equal(erased.sum((1, 2, 3)), 3 * boxes[:, 2] * boxes[:, 3])
-        return boxes, views[erased]
-
     random.seed(0), torch.manual_seed(0)
     timm, blank = RandomErasing(1.0, mode="pixel", device="cpu"), torch.full((1500, 3, 32, 32), 99.0)
-    theirs, _ = boxes_and_noise(torch.stack([timm(view.clone()) for view in blank]))
-    boxes, noise = boxes_and_noise(ours.erase(blank, *ours.draw_erased(len(blank), 32, generator())))
+    erased = torch.stack([timm(view.clone()) for view in blank])[:, 0] != 99      # [views, rows, columns]
+    rows, columns = erased.any(2).int(), erased.any(1).int()
+    theirs = torch.stack((rows.argmax(1), columns.argmax(1), rows.sum(1), columns.sum(1)), 1)
+    boxes, seeds = ours.draw_erased(20_000, 32, generator())
     assert_same_boxes(boxes, theirs)
-    assert ours.draw_erased(20_000, 32, generator())[0][:, 2:].max() == 31
-    assert_same_distribution(noise[::10], torch.randn(100_000))
+    assert boxes[:, 2:].max() == 31
+    views = ours.erase(blank, boxes[:1500], seeds[:1500])
+    assert_same_distribution(views[views != 99][::10], torch.randn(100_000))
 
 
 def test_jitter_draws_every_order_and_uniform_factors():
@@ -342,26 +312,22 @@ def test_simclr_draws_its_two_views_independently():
     assert columns.corrcoef().fill_diagonal_(0).abs().max() < 5 / math.sqrt(5000)
 
 
-@pytest.mark.parametrize("arguments, scale, ratio, factors", [
-    ({}, (0.2, 1.0), (3 / 4, 4 / 3), ((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1))),
-    (dict(scale=(0.5, 0.6), ratio=(1, 2), strengths=(2.0, 0.1, 0, 0), jitter_p=0, grayscale_p=1, flip_p=1),
-     (0.5, 0.6), (1, 2), ((0, 0.9, 1, 0), (3, 1.1, 1, 0)))])
-def test_ranges_of_simclrs_parameters(arguments, scale, ratio, factors):
+def test_simclrs_arguments_decide_what_is_drawn():
     images = torch.empty(1, 3, 200, 200, dtype=torch.uint8).expand(4000, -1, -1, -1)
-    augment = ours.SimCLRAugmentation(**arguments)
-    boxes, flip, ((jittered, (_, drawn)), (grey, _), _) = augment.draw(images, generator())
-    assert not arguments or flip.all() and grey.all() and not jittered.any()
+    augment = ours.SimCLRAugmentation(scale=(0.5, 0.6), ratio=(1, 2), strengths=(2.0, 0.1, 0, 0), jitter_p=0,
+                                      grayscale_p=1, flip_p=1)
+    boxes, flip, ((jittered, (_, factors)), (grey, _), _) = augment.draw(images, generator())
+    assert flip.all() and grey.all() and not jittered.any()
     area, aspect = boxes[:, 2:].prod(1) / 200**2, boxes[:, 3] / boxes[:, 2]
-    for values, expected in ((drawn, factors), (area, scale), (aspect, ratio)):
-        bounds = torch.stack((values.amin(0), values.amax(0)))
-        assert torch.allclose(bounds, torch.tensor(expected).float(), atol=0.03)
+    for values, low, high in ((factors, (0, 0.9, 1, 0), (3, 1.1, 1, 0)), (area, 0.5, 0.6), (aspect, 1, 2)):
+        assert torch.allclose(values.amin(0), torch.tensor(low).float(), atol=0.03)
+        assert torch.allclose(values.amax(0), torch.tensor(high).float(), atol=0.03)
 
 
 # ------------------------------------------------------------------------------------------------ whole views
 
 @pytest.mark.parametrize("count, height, width, size", [(100, 32, 32, 32), (7, 48, 40, 20), (1, 32, 32, 32)])
-@pytest.mark.parametrize("pil", [False, True])
-def test_simclrs_views_equal_torchvision_composed_at_the_drawn_parameters(count, height, width, size, pil):
+def test_simclrs_views_equal_torchvision_composed_at_the_drawn_parameters(count, height, width, size):
     augment = ours.SimCLRAugmentation(size)
     images, g = bytes_of(count, height, width), generator(4)
     before = images.clone()
@@ -371,17 +337,14 @@ def test_simclrs_views_equal_torchvision_composed_at_the_drawn_parameters(count,
         boxes, flip, (jitter, grey, _) = augment.draw(images, g)
         expected = []
         for row, (image, box) in enumerate(zip(images, boxes.int().tolist())):
-            image = pil_of(image) if pil else image / 255
-            image = reference.resized_crop(image, *box, [size, size], BILINEAR, antialias=True)
-            expected.append(composed(image, row, pil, flip, jitter, grey))
+            image = reference.resized_crop(image / 255, *box, [size, size], BILINEAR, antialias=True)
+            expected.append(composed(image, row, flip, jitter, grey))
         expected = reference.normalize(torch.stack(expected), ours.CIFAR_MEAN, ours.CIFAR_STD)
         assert view.dtype == torch.float32 and view.shape == expected.shape
-        # 1e-5 in [0, 1], before the division by std. PIL rounds after every operation, and hues to 8 bits.
-        assert (view - expected).abs().mean() < 8 * STEP if pil else difference(view, expected) < 5e-5
+        assert difference(view, expected) < 5e-5                    # 1e-5 before the division by std
 
 
-@pytest.mark.parametrize("pil", [False, True])
-def test_views_of_multi_crop_equal_dinos_transforms_at_the_drawn_parameters(pil):
+def test_views_of_multi_crop_equal_dinos_transforms_at_the_drawn_parameters():
     augment = ours.MultiCropAugmentation()
     crops = batch_of(ours.MultiCrop(global_size=64, local_size=32, local_number=3), range(24))
     before, views, g = [field.clone() for field in crops], augment(crops, generator(5)), generator(5)
@@ -391,16 +354,13 @@ def test_views_of_multi_crop_equal_dinos_transforms_at_the_drawn_parameters(pil)
         drawn = ours.draw(augment.operations, kinds, 24, images.shape[-1], g)
         flip, jitter, grey, blur, solarize, _, _ = drawn
         for row, image in enumerate(images.flatten(0, 1)):
-            image = pil_of(image) if pil else image / 255
-            image = composed(image, row, pil, flip[0], jitter, grey, blur, solarize)
+            image = composed(image / 255, row, flip[0], jitter, grey, blur, solarize)
             expected.append(reference.normalize(image, ours.IMAGENET_MEAN, ours.IMAGENET_STD))
             seen.add((flip[0][row].item(), blur[0][row].item(), solarize[0][row].item()))
     assert len(seen) >= 5                       # of flip, blur and solarisation
     views = [image for group in (views[:2], views[2:]) for image in torch.stack(group, 1).flatten(0, 1)]
     for image, plain in zip(views, expected, strict=True):
-        assert pil or difference(image, plain) < 5e-5
-    mean = torch.stack([(a - b).abs().mean() for a, b in zip(views, expected)]).mean()
-    assert mean < (8 * STEP if pil else 5e-6)
+        assert difference(image, plain) < 5e-5
 
 
 def test_erasing_keeps_the_rest():
@@ -415,22 +375,7 @@ def test_erasing_keeps_the_rest():
     assert 5 < chosen.sum() < 35 and torch.equal(plain[0] != erased[0], inside)
 
 
-def test_an_operation_is_added_in_one_line():
-    crops, augment = batch_of(ours.MultiCrop(**SMALL), range(12)), ours.MultiCropAugmentation()
-    before = augment(crops, generator())
-    augment.operations.append(ours.Operation(
-        (0.0, 0.5, 0.0), lambda images, amount: images + amount.view(-1, 1, 1, 1),
-        lambda count, size, generator: (1 + torch.rand(count, generator=generator),)))
-    after = augment(crops, generator())
-    amounts = (after[1] - before[1]).flatten(1)
-    chosen = amounts.amin(1) > 0.999
-    assert torch.equal(before[0], after[0]) and 0 < chosen.sum() < 12
-    assert (amounts[~chosen] == 0).all() and amounts[chosen].std(1).max() < 1e-5
-    assert amounts[chosen].mean(1).std() > 0.1 and amounts.max() < 2.001
-
-
-@pytest.mark.parametrize("sizes", [dict(SMALL, local_number=0), dict(SMALL, local_number=1),
-                                   dict(global_size=48, local_size=17)])
+@pytest.mark.parametrize("sizes", [dict(SMALL, local_number=0), dict(global_size=48, local_size=17)])
 def test_sizes_and_numbers(sizes):
     crop = ours.MultiCrop(**sizes)
     crops = default_collate([crop(photograph(20, 31, seed), seed) for seed in range(3)])
@@ -453,10 +398,14 @@ def global_states():
     assert (np.random.get_state()[1] == states[1]).all()
 
 
-def test_the_generator_alone_decides(global_states):
+def test_a_seed_alone_decides(global_states):
     simclr, multi = ours.SimCLRAugmentation(), ours.MultiCropAugmentation(erasing=0.5)
-    images, crops = bytes_of(100), batch_of(ours.MultiCrop(**SMALL, local_number=2), range(10))
-    for augment, given in ((simclr, images), (multi, crops)):
+    crop = ours.MultiCrop(**SMALL, local_number=2, rand_augment=RAND_AUGMENT)
+    seeds = range(2**62, 2**62 + 10)
+    crops, again = batch_of(crop, seeds), batch_of(crop, seeds)
+    for field, same, of_other_seed in zip(crops, again, crop(photograph(seed=seeds[0] % 7), 1)):
+        assert torch.equal(field, same) and not torch.equal(field[0], of_other_seed)
+    for augment, given in ((simclr, bytes_of(100)), (multi, crops)):
         expected = augment(given, generator(6))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert all(torch.equal(a, b) for a, b in zip(augment(given, generator(6)), expected))
@@ -467,37 +416,13 @@ def test_the_generator_alone_decides(global_states):
         assert min((a - b).abs().amax((1, 2, 3)).min() for a, b in pairs) > 0.05
 
 
-class Photographs(torch.utils.data.Dataset):
-    def __init__(self, crop):
-        self.crop = crop
-
-    def __len__(self):
-        return 12
-
-    def __getitem__(self, index):
-        return self.crop(photograph(seed=index), 2**62 + index)
-
-
-@pytest.mark.parametrize("workers, batch_size", [(0, 5), (1, 4)])
-def test_crops_depend_on_image_and_seed_alone(workers, batch_size, global_states):
-    data = Photographs(ours.MultiCrop(**SMALL, local_number=2, rand_augment=RAND_AUGMENT))
-    expected = default_collate([data[i] for i in range(12)])
-    parts = list(DataLoader(data, batch_size, num_workers=workers, generator=torch.Generator()))
-    assert all(torch.equal(torch.cat(field), whole) for field, whole in zip(zip(*parts), expected))
-    other = data.crop(photograph(seed=0), 1)
-    assert not torch.equal(other.global_crops, expected.global_crops[0])
-    assert not torch.equal(other.local_crops, expected.local_crops[0])
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_views_do_not_depend_on_the_number_of_ranks(world):
+def test_views_do_not_depend_on_the_number_of_ranks():
     crops = batch_of(ours.MultiCrop(**SMALL, local_number=2), range(12))
-    augment = ours.MultiCropAugmentation(0.5)
-    g, share = generator(8), 12 // world
+    augment, g = ours.MultiCropAugmentation(0.5), generator(8)
     whole, state = augment(crops, g), g.get_state()
-    for rank in range(world):
-        own, g = slice(rank * share, (rank + 1) * share), generator(8)
-        views = augment(ours.Crops(*(field[own] for field in crops)), g, rank, world)
+    for rank in range(3):
+        own, g = slice(rank * 4, (rank + 1) * 4), generator(8)
+        views = augment(ours.Crops(*(field[own] for field in crops)), g, rank, world=3)
         for view, expected in zip(views, whole, strict=True):
             assert difference(view, expected[own]) < 1e-5        # products of other sizes may round otherwise
         assert torch.equal(g.get_state(), state)                    # the next batch is drawn alike
@@ -506,12 +431,12 @@ def test_views_do_not_depend_on_the_number_of_ranks(world):
 # ----------------------------------------------------------------------------------------------------- errors
 
 @pytest.mark.parametrize("make, arguments", [
-    (ours.SimCLRAugmentation, [dict(scale=(0, 1)), dict(scale=(0.5, 0.2)), dict(ratio=(2, 1)), dict(size=0),
+    (ours.SimCLRAugmentation, [dict(scale=(0, 1)), dict(ratio=(2, 1)), dict(size=0),
                                dict(strengths=(0.4, 0.4, 0.4)), dict(strengths=(0.4, 0.4, 0.4, 0.6)),
                                dict(strengths=(-0.1, 0.4, 0.4, 0.1))]),
     (ours.MultiCropAugmentation, [dict(erasing=1.5), dict(blur_sigma=(2, 1)), dict(strengths=())]),
     (ours.MultiCrop, [dict(global_scale=(0.0, 1.0)), dict(local_scale=(0.4, 0.1)), dict(global_size=0),
-                      dict(global_size=1_000_000), dict(local_size=4097), dict(local_number=-1)])])
+                      dict(local_size=4097), dict(local_number=-1), dict(global_number=1)])])
 def test_impossible_arguments_are_an_error(make, arguments):
     for wrong in arguments:
         with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -524,21 +449,19 @@ def test_impossible_arguments_are_an_error(make, arguments):
 def test_other_images_are_an_error(images):
     with pytest.raises(ValueError, match=re.escape(f"{images.dtype} {list(images.shape)}")):
         ours.SimCLRAugmentation()(images, generator())
-    for mode in ("L", "RGBA", "CMYK"):
-        with pytest.raises(ValueError, match=f"mode {mode}"):
-            ours.MultiCrop()(Image.new(mode, (50, 50)), 0)
-    for name in ("nonsense", "rand-q7"):
-        with pytest.raises(ValueError, match=f"no RandAugment '{name}'"):
-            ours.MultiCrop(rand_augment=name)
 
 
-@pytest.mark.parametrize("field, change, message", [
-    ("global_crops", lambda t: t.float(), "global_crops"), ("local_crops", lambda t: t[0], "local_crops"),
-    ("global_crops", lambda t: t[:, :1], "no batch"), ("local_crops", lambda t: t[:1], "no batch"),
-    ("global_crops", lambda t: t[:0], "global_crops")])
-def test_other_crops_are_an_error(field, change, message):
-    crops = batch_of(ours.MultiCrop(**SMALL), range(2))
-    with pytest.raises(ValueError, match=message):
-        ours.MultiCropAugmentation()(crops._replace(**{field: change(getattr(crops, field))}), generator())
+def test_other_crops_are_an_error():
+    crops, augment = batch_of(ours.MultiCrop(**SMALL), range(2)), ours.MultiCropAugmentation()
+    for wrong, message in ((crops._replace(global_crops=crops.global_crops.float()), "global_crops must be"),
+                           (crops._replace(local_crops=crops.local_crops[0]), "local_crops must be"),
+                           (crops._replace(global_crops=crops.global_crops[:, :1]), "no batch"),
+                           (crops._replace(local_crops=crops.local_crops[:1]), "no batch")):
+        with pytest.raises(ValueError, match=message):
+            augment(wrong, generator())
     with pytest.raises(ValueError, match="rank 2 of 2"):
-        ours.MultiCropAugmentation()(crops, generator(), 2, 2)
+        augment(crops, generator(), 2, 2)
+    with pytest.raises(ValueError, match="mode CMYK"):
+        ours.MultiCrop()(Image.new("CMYK", (50, 50)), 0)
+    with pytest.raises(ValueError, match="no RandAugment 'nonsense'"):
+        ours.MultiCrop(rand_augment="nonsense")

@@ -65,10 +65,6 @@ def assert_same_bits(output, other):
     assert rest == other_rest
 
 
-def files(output):
-    return {file: file.read_bytes() for file in output.rglob("*.*") if file.name != "run.lock"}
-
-
 # ------------------------------------------------------------------------------------------------- whole runs
 
 def test_a_run_leaves_what_it_promises(uninterrupted):
@@ -79,10 +75,8 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     for record in records:
         assert list(record) == list(untrained)  # one header serves all
         assert 0 <= record["test_auc"] <= 1 and 0 <= record["test_acc@1"] <= 100 == record["test_acc@5"]
-    header, *lines = printed.splitlines()[-6:-1]
-    assert header.split()[:3] == ["epoch", "loss", "acc@1"] and len(header) <= 120
-    assert {len(line) for line in lines} == {len(header)} and [line.split()[0] for line in lines] == [*"0123"]
-    assert lines[1].split()[1] == utils.format_value(records[0]["train_loss"])
+        assert utils.format_value(record["train_loss"]) in printed
+    assert all(len(line) <= 120 for line in printed.splitlines() if "/" not in line)
     with open(output / "run_statistics.csv") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0])[:4] == ["epoch", "train_loss", "test_acc@1", "test_acc@5"]
@@ -139,17 +133,13 @@ def test_a_signal_between_two_looks_never_exits_without_a_save(images, tmp_path)
     assert late.saved == [run.step] == [2]
 
 
-@pytest.mark.parametrize("damage", ["none", "no last newline", "no log"])
-def test_a_finished_run_is_left_alone(images, uninterrupted, tmp_path, capsys, no_curves, damage):
+def test_a_finished_run_is_left_alone(images, uninterrupted, tmp_path, capsys):
     output = shutil.copytree(uninterrupted[0], tmp_path / "run")
-    log = output / "log.txt"
-    if damage == "no last newline":
-        log.write_bytes(log.read_bytes()[:-1])
-    elif damage == "no log":
-        log.unlink()
-    before = files(output)
+    (output / "log.txt").unlink()
+    before = {file: file.read_bytes() for file in output.rglob("*.*") if file.name != "run.lock"}
     main.main(flags(images, output))
-    assert "is finished, after 3 epochs" in capsys.readouterr().out and files(output) == before
+    assert "is finished, after 3 epochs" in capsys.readouterr().out
+    assert {file: file.read_bytes() for file in output.rglob("*.*") if file.name != "run.lock"} == before
 
 
 def test_several_processes_are_refused(images, tmp_path):
@@ -157,55 +147,37 @@ def test_several_processes_are_refused(images, tmp_path):
         assert "start it without a launcher" in message
 
 
-@pytest.mark.parametrize("preset, start", [("paper", dict(a=1, b=0, alpha=1)),
-                                           ("released-cifar", dict(a=10, b=0, alpha=1))])
-@pytest.mark.parametrize("learn", [["a", "b"], ["none"], None])
-def test_presets_train(images, tmp_path, no_curves, preset, start, learn):
-    more = ["--preset", preset, "--epochs", "1", *(["--learn", *learn] if learn else [])]
-    main.main(flags(images, tmp_path, *more))
-    record = utils.read_records(tmp_path / "log.txt")[-1]
-    learned = learn or (("b",) if preset == "released-cifar" else start)
-    assert {name: record[name] != value for name, value in start.items()} == {x: x in learned for x in start}
+@pytest.mark.parametrize("more, learned", [
+    ("--preset paper", ["a", "b", "alpha"]), ("--preset released-cifar", ["b"]),
+    ("--preset paper --learn a b", ["a", "b"]), ("--preset released-cifar --learn none", [])])
+def test_presets_train_the_weights_that_they_learn(images, tmp_path, more, learned):
+    run = make_run(images, tmp_path, *more.split())
+    before = {name: weight.item() for name, weight in run.criterion.named_parameters()}
+    main.train_one_epoch(run, save=lambda: None, interruption=UNINTERRUPTED)
+    assert [name for name, weight in run.criterion.named_parameters() if weight != before[name]] == learned
 
 
 # -------------------------------------------------------------------------------------------------- its parts
 
-def test_accumulated_batches_make_one_step(images, tmp_path):
-    """Two batches of 5 make the mean of their gradients, seen on a; views have the data's size."""
-    run = make_run(images, tmp_path, "--accum_iter", "2", "--image_size", "16")
-    stepped, losses, grads = [], [], []
-    take_step, forward = run.optimizer.step, run.criterion.forward
-
-    def record(*z):
-        losses.append(forward(*z))
-        grads.append(torch.autograd.grad(losses[-1], run.criterion.a, retain_graph=True)[0])
-        return losses[-1]
-    run.optimizer.step = lambda: (stepped.append(run.criterion.a.grad.clone()), take_step())
-    run.criterion.forward = record
-    main.train_one_epoch(run, save=None, interruption=UNINTERRUPTED)
-    assert len(losses) == 4 and len(stepped) == 2
-    for index, gradient in enumerate(stepped):
-        torch.testing.assert_close(gradient, (grads[2 * index] + grads[2 * index + 1]) / 2)
-    assert run.sums[0].item() / run.steps == pytest.approx(sum(x.item() for x in losses) / 4, rel=1e-5)
-    assert run.augment(run.data.train, torch.Generator())[0].shape == (21, 3, 16, 16)
-    run.check_finite()
-    run.sums[0] = float("inf")
-    assert "training diverged" in refusal(run.check_finite)
-
-
-@pytest.mark.parametrize("views", [2, 4])
-def test_a_step_takes_the_loss_over_all_its_views(images, tmp_path, views):
+@pytest.mark.parametrize("views, batches", [(2, 2), (4, 1)])
+def test_a_step_takes_the_mean_loss_of_its_batches_over_all_views(images, tmp_path, views, batches):
     """Against every pair written out, on views drawn here one after the other."""
-    run = make_run(images, tmp_path, "--views", str(views), "--amp", "none")
+    run = make_run(images, tmp_path, "--views", str(views), "--accum_iter", str(batches), "--amp", "none",
+                   "--image_size", "16")
     generator = torch.Generator().manual_seed(utils.stream_seed(0, 0, 0))
-    batch = run.data.train[next(utils.epoch_batches(21, 5, seed=0, epoch=0))]
-    drawn = [run.augment(batch, generator, views=1)[0] for _ in range(views)]
-    embeddings = run.model.train()(drawn).double().detach()
-    nu, kappa = run.criterion.negative_weight, run.criterion.margin_negative_weight
-    expected = auc_loss(*symmetric_pairs(*embeddings), 1, 0, 1, 1, nu, kappa, "cosine")
-    run.steps = 1
+    order, a, losses = utils.epoch_batches(21, 5, seed=0, epoch=0), torch.ones((), requires_grad=True), []
+    for _ in range(batches):
+        batch = run.data.train[next(order)]
+        drawn = [run.augment(batch, generator, views=1)[0] for _ in range(views)]
+        embeddings = run.model.train()(drawn).double().detach()
+        nu, kappa = run.criterion.negative_weight, run.criterion.margin_negative_weight
+        losses.append(auc_loss(*symmetric_pairs(*embeddings), a, 0, 1, 1, nu, kappa, "cosine") / batches)
+    gradient, = torch.autograd.grad(sum(losses), a)
+    run.steps, run.criterion.a.grad = 1, torch.tensor(9.0)  # which the step forgets
     main.train_one_epoch(run, save=None, interruption=UNINTERRUPTED)
-    assert run.sums[0].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert drawn[0].shape == (5, 3, 16, 16)
+    assert run.sums[0].item() == pytest.approx(sum(losses).item(), rel=1e-4)
+    assert run.criterion.a.grad.item() == pytest.approx(gradient.item(), rel=1e-3)
 
 
 def test_constant_schedule_warms_up_too(images, tmp_path):
@@ -239,23 +211,21 @@ def test_the_auc_is_over_all_classes(images, tmp_path, monkeypatch):
     assert len(seen[0]) == 4 and len(set(chosen)) > 1
 
 
-@pytest.mark.parametrize("name, side, unlabelled", [
-    ("cifar10", 32, []), ("cifar100", 32, []), ("stl10", 96, [100, 101])])
-def test_torchvision_data_sets(name, side, unlabelled, monkeypatch, tmp_path):
+def test_stl10_trains_on_its_unlabelled_images_too(monkeypatch, tmp_path):
     class Standin:
         """Two images, whose grey tells their split."""
         classes, targets = ["cat", "dog"], [0, 1]
 
         def __init__(self, root, split, download=False):
-            self.grey = {True: 0, "train": 0, False: 50, "test": 50, "unlabeled": 100}[split]
+            self.grey = {"train": 0, "test": 50, "unlabeled": 100}[split]
 
         def __getitem__(self, index):
-            return Image.new("RGB", (side, side), 3 * (self.grey + index,)), index
+            return Image.new("RGB", (96, 96), 3 * (self.grey + index,)), index
 
-    monkeypatch.setattr(data.tv, name.upper(), Standin)
-    loaded = load_data(name, tmp_path)
+    monkeypatch.setattr(data.tv, "STL10", Standin)
+    loaded = load_data("stl10", tmp_path)
     greys = [part[:, 0, 0, 0].tolist() for part in (loaded.train, loaded.bank, loaded.test)]
-    assert greys == [[*unlabelled, 0, 1], [0, 1], [50, 51]] and loaded.test.shape == (2, 3, side, side)
+    assert greys == [[100, 101, 0, 1], [0, 1], [50, 51]] and loaded.test.shape == (2, 3, 96, 96)
     assert loaded.bank_labels.tolist() == loaded.test_labels.tolist() == [0, 1]
 
 
@@ -288,15 +258,11 @@ def test_curves_of_several_runs(uninterrupted, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize("more, message", [
-    ("--batch_size 22", "larger than the data set"), ("--batch_size 11 --accum_iter 2", "larger"),
-    ("--batch_size 1", "--batch_size"), ("--learn none a", "contradicts"), ("--epoch 3", "--epoch"),
-    ("--preset released-cifar --negative_weight 4", "--preset released-cifar"), ("--epochs 0", "--epochs"),
-    ("--preset released-cifar --views 4", "leave --views out"), ("--views 1", "--views"),
-    ("--preset released-cifar --learn alpha", "held"), ("--negative_weight -4", "--negative_weight"),
-    ("--preset simclr", "unknown preset 'simclr'"), ("--preset released-imagenet", "not for this script"),
-    ("--crop_scale 0.5 0.2", "MIN <= MAX"), ("--crop_scale nan 1", "MIN <= MAX"), ("--lr 0", "--lr"),
-    ("--seed -1", "--seed"), ("--image_size 100000", "--image_size"), ("--device abacus", "--device"),
-    ("--arch resnet51", "resnet50"), ("--dataset cifar11", "cifar100"), ("--dataset shapes", "--data_path"),
+    ("--batch_size 11 --accum_iter 2", "larger than the data set"), ("--batch_size 1", "--batch_size"),
+    ("--epoch 3", "--epoch"), ("--preset released-cifar --views 4", "leave --views out"),
+    ("--preset released-cifar --learn alpha", "held"), ("--preset simclr", "unknown preset 'simclr'"),
+    ("--preset released-imagenet", "not for this script"), ("--crop_scale 0.5 0.2", "MIN <= MAX"),
+    ("--device abacus", "--device"), ("--arch resnet51", "resnet50"), ("--dataset shapes", "--data_path"),
     ("--data_path /nowhere", "/nowhere/train"), ("--output_dir /proc/nowhere", "/proc/nowhere")])
 def test_mistakes_are_one_line(images, tmp_path, more, message):
     assert message in refused(flags(images, tmp_path / "run", *more.split()))
@@ -311,21 +277,13 @@ def test_a_test_set_needs_two_images(tmp_path):
 
 def test_checkpoints_that_cannot_be_resumed(images, uninterrupted, tmp_path):
     output = shutil.copytree(uninterrupted[0], tmp_path / "run")
-    arguments, checkpoint = flags(images, output), output / "checkpoint.pth"
-    assert "--lr 0.002 there, 0.01 here" in refused([*arguments, "--lr", "0.01"])
-    assert "--views 2 there, 4 here" in refused([*arguments, "--views", "4"])
+    arguments = flags(images, output)
     assert "--epochs 3 there, 5 here" in refused([*arguments, "--epochs", "5"])  # the cosine ends elsewhere
     shutil.copytree(images, tmp_path / "images")
     (tmp_path / "images" / "train" / "cat" / "3.png").unlink()
     assert "other images" in refused(flags(tmp_path / "images", output))
     with utils.lock_folder(output):
         assert "error: another run" in interrupt.run(arguments, tmp_path, code=2).stderr
-    args = main.parse_args(arguments)
-    utils.build_criterion(args)  # as main does
-    torch.save({"args": utils.plain(args)}, checkpoint)
-    assert "does not fit" in refused(arguments)
-    checkpoint.unlink()
-    assert "log.txt belongs to another run" in refused(arguments)
 
 
 @pytest.mark.parametrize("calls, saved", [(1, 0), (4, 2)])

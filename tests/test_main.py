@@ -6,21 +6,19 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
-import distributed
 import interrupt
 import main
 import matplotlib.pyplot  # noqa: F401  (for the forks, which then need not import it)
 import pytest
-import timm
 import torch
 import torch.utils.tensorboard  # noqa: F401
 import utils
 import vision_transformer
 from conftest import ROOT, assert_same, refusal, run_ranks
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -109,6 +107,8 @@ def test_what_a_run_leaves_behind(finished):
     assert (state["epoch"], state["step"]) == (2, 0)
     assert state["backbone"]["arch"] == "vit_tiny" and state["backbone"]["image_size"] == 16
     assert {key.split(".")[0] for key in (*state["student"], *state["teacher"])} == {"backbone", "head"}
+    for name, value in load_file(output / "backbone.safetensors").items():
+        assert torch.equal(value, state["teacher"][f"backbone.{name}"])
 
 
 def test_a_finished_run_called_again_changes_nothing(images, finished, tmp_path, capsys):
@@ -184,12 +184,8 @@ def two_ranks(images, tmp_path_factory):
 
 @pytest.mark.parametrize("victim, point, count", [(0, "fsync", 3), (1, "step", 4)])
 def test_a_killed_rank_ends_the_other_and_both_resume(images, two_ranks, tmp_path, victim, point, count):
-    arguments, started = flags(images, tmp_path / "run", *two_ranks[1]), time.monotonic()
-    results = run_two(arguments, tmp_path, victim, point, count, codes=[(-9, 1), (1, -9)][victim])
-    assert time.monotonic() - started < 60
-    message = results[1 - victim].stderr
-    assert message.startswith(f"error: rank {1 - victim}: lost contact with another rank")
-    assert message.count("\n") == 1
+    arguments = flags(images, tmp_path / "run", *two_ranks[1])
+    run_two(arguments, tmp_path, victim, point, count, codes=[(-9, 1), (1, -9)][victim])
     run_two(arguments, tmp_path)
     assert_same_run(tmp_path / "run", two_ranks[0])
 
@@ -244,26 +240,22 @@ def test_the_old_launcher(images, tmp_path):
     assert "2 x cpu" in result.stdout and load(tmp_path / "run")["epoch"] == 1
 
 
-def torchrun(script, folder, code, **options):
-    """What torchrun does, in forks: a launcher, whose result is returned, and two ranks."""
+def test_torchrun_restarts_and_the_run_resumes_by_itself(images, tmp_path):
+    """A launcher and two ranks, in forks. Rank 1 kills itself in its 5th step of the first attempt; the
+    second attempt resumes from the checkpoint."""
+    arguments = flags(images, tmp_path / "run", "--batch_size_per_gpu", "3")
+
     def rank():
         gc.freeze()  # to collect the launcher's store here would wait for its thread, which was not forked
         torch.set_num_threads(1)
-        utils.run_script(script)
-    config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", monitor_interval=0.1,
-                          start_method="fork", **options)
-    launcher = SimpleNamespace(main=lambda _: elastic_launch(config, rank)())
-    return interrupt.run([], folder, script=launcher, code=code)
-
-
-def test_torchrun_restarts_and_the_run_resumes_by_itself(images, tmp_path):
-    """Rank 1 kills itself in its 5th step of the first attempt; the second resumes from the checkpoint."""
-    def script():
         if (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]) == ("0", "1"):
             os.setsid()
             interrupt._arm("step", 5, "KILL")
-        main.main(flags(images, tmp_path / "run", "--batch_size_per_gpu", "3"))
-    result = torchrun(script, tmp_path, code=0, max_restarts=1)
+        utils.run_script(lambda: main.main(arguments))
+    config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", monitor_interval=0.1,
+                          start_method="fork", max_restarts=1)
+    launcher = SimpleNamespace(main=lambda _: elastic_launch(config, rank)())
+    result = interrupt.run([], tmp_path, script=launcher, code=0)
     assert "from epoch 1, step 1," in result.stdout and "from epoch 2, step 1," in result.stdout
     assert load(tmp_path / "run")["epoch"] == 2
 
@@ -286,19 +278,14 @@ def test_help_does_not_import_torch():
 @pytest.mark.parametrize("arguments, message", [
     ("--data_path /nowhere", "No such file or directory: /nowhere"),
     ("--data_path IMAGES", "holds test images too; give --data_path"),
-    ("--dataset imagnet", "unknown data set 'imagnet'"),
     ("--batch_size_per_gpu 64", "more than the data set's 21"),
     ("--batch_size_per_gpu 1", "--batch_size_per_gpu: must be a whole number from 2"),
-    ("--preset released-imagenet --score unit", "--score cannot be used with --preset"),
     ("--preset released-imagenet --teacher none", "leave --teacher none out"),
-    ("--preset simclr", "unknown preset 'simclr'; choose from paper"),
-    ("--preset released-cifar", "released-cifar is not for this script"),
     ("--views 4", "--views cannot be used with a teacher"),
     ("--use_fp16 true", "--amp cannot be used with --use_fp16"),
     ("--arch vit_smal", "unknown arch 'vit_smal'; choose from vit_tiny"),
     ("--global_crops_size 20", "20 is no multiple of the patch size 8"),
     ("--local_crops_size 20", "vit_tiny takes no crops of 20 pixels: "),
-    ("--global_crops_size 1000000", "--global_crops_size: must be a whole number from 1 to 4096"),
     ("--arch timm/mixer_s32_224", "timm/mixer_s32_224 takes no crops of"),
     ("--global_crops_scale 0.9 0.1", "--global_crops_scale needs 0 < MIN <= MAX <= 1"),
     ("--rand_augment strong", "timm knows no RandAugment 'strong'"),
@@ -309,7 +296,7 @@ def test_mistakes_get_one_line(images, tmp_path, arguments, message):
     assert message in refused(flags(images, tmp_path / "run", *arguments))
 
 
-def test_images_that_cannot_be_decoded(images, tmp_path, monkeypatch):
+def test_images_that_cannot_be_decoded(images, tmp_path):
     """What the message advises works: another image under the same name, or --skip_bad_images."""
     data = shutil.copytree(images / "train", tmp_path / "data")
     good = (data / "cat" / "3.png").read_bytes()
@@ -321,10 +308,6 @@ def test_images_that_cannot_be_decoded(images, tmp_path, monkeypatch):
     main.main([*arguments, "--output_dir", str(skipping), "--skip_bad_images"])    # resumes
     assert sum(r["skipped"] for r in utils.read_records(skipping / "log.txt") if "step" not in r) in (1, 2)
 
-    names = main.image_files(data)
-    monkeypatch.setattr(main, "image_files", lambda folder: names)                 # listed, then deleted
-    (data / "cat" / "3.png").unlink()
-    assert f"{data}/cat/3.png is missing" in refused(arguments)
     (data / "cat" / "3.png").write_bytes(good)
     main.main(arguments)
     assert load(tmp_path / "run")["epoch"] == 2
@@ -347,20 +330,14 @@ def views_of_first_step(run):
     """For each micro-batch, the views that the first step of the epoch sees: V of [B, 3, S, S]."""
     for number, (crops, _) in zip(range(1, run.args.accum_iter + 1), main.make_loader(run)):
         generator = torch.Generator().manual_seed(utils.stream_seed(run.args.seed, run.epoch, 0, number))
-        yield run.augment(crops, generator, distributed.rank(), distributed.world_size())
+        yield run.augment(crops, generator)
 
 
-def test_views_do_not_depend_on_workers_or_ranks(images, tmp_path):
+def test_views_depend_on_the_epoch_and_not_on_workers(images, tmp_path):
     run = make_run(images, tmp_path)
     whole, = views_of_first_step(run)
     run.args.num_workers = 2
     assert_same(next(views_of_first_step(run)), whole)
-    run.args.num_workers = 0
-
-    def part():
-        run.args.batch_size_per_gpu = 3
-        return next(views_of_first_step(run))
-    assert_same([torch.cat(view) for view in zip(*run_ranks(part, 2))], whole)
     run.epoch = 1
     assert not torch.equal(next(views_of_first_step(run))[0], whole[0])
 
@@ -444,10 +421,6 @@ def test_schedules_at_their_edges(images, tmp_path):
     rates, decays, momenta = zip(*seen)
     assert (*rates[:4], rates[-1]) == pytest.approx((peak / 3, peak * 2 / 3, peak, peak, 1e-3))
     assert (decays[0], decays[-1]) == pytest.approx((0.04, 0.4)) and (momenta[0], momenta[-1]) == (0.996, 1.0)
-    run = make_run(images, tmp_path, "--warmup_epochs", "10", "--epochs", "1")  # longer than the run
-    run.step = run.steps - 1
-    main.set_schedules(run)
-    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(5e-4 * 6 / 256 * 3 / 30)
 
 
 def test_the_released_objective_and_its_temperature(images, tmp_path):
@@ -470,17 +443,3 @@ def test_every_optimizer_and_precision_learns(images, tmp_path, optimizer, lr, a
     run.criterion.alpha.data.zero_()
     losses = [step(run) for _ in range(20 if amp == "fp16" else 6)]  # fp16 skips some until its scale fits
     assert losses[-1] < losses[0] - 1 and run.criterion.alpha > 0    # alpha ascends to the margin's violation
-
-
-def test_timm_loads_the_exported_backbone_and_changes_its_size(finished):
-    file = str(finished[0] / "backbone.safetensors")
-    create = functools.partial(timm.create_model, "vit_tiny_patch16_224", patch_size=8, embed_dim=32,
-                               num_heads=2, depth=2, num_classes=0)
-    dynamic = create(img_size=16, dynamic_img_size=True, checkpoint_path=file)
-    resampled = create(img_size=32, pretrained=True,
-                       pretrained_cfg_overlay={"file": file, "custom_load": False, "num_classes": 0})
-    for key, value in load(finished[0])["teacher"].items():
-        if key.startswith("backbone."):
-            assert torch.equal(dynamic.state_dict()[key.removeprefix("backbone.")], value)
-    crops = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(dynamic.eval()(crops), resampled.eval()(crops), rtol=1e-3, atol=1e-4)
