@@ -44,14 +44,6 @@ def colours(count=24, size=16):
     return images
 
 
-def bytes_of(count=64, height=32, width=32):
-    """Noise on smooth colour gradients, uint8 [count, 3, height, width]."""
-    smooth = torch.rand(count, 3, 4, 4, generator=generator(2))
-    smooth = torch.nn.functional.interpolate(smooth, (height, width), mode="bilinear")
-    noise = torch.rand(count, 3, height, width, generator=generator(3))
-    return (smooth * 0.8 + noise * 0.2).mul(255).round().to(torch.uint8)
-
-
 def photograph(width=120, height=90, seed=0):
     """Smooth colours, sharp edges and noise, as a PIL image."""
     rng = np.random.default_rng(seed)
@@ -66,6 +58,11 @@ def pil_of(image):
 
 
 tensor_of = reference.pil_to_tensor
+
+
+def photographs(count=64, height=32, width=32):
+    """uint8 [count, 3, height, width]."""
+    return torch.stack([tensor_of(photograph(width, height, seed)) for seed in range(count)])
 
 
 def batch_of(crop, seeds):
@@ -143,7 +140,7 @@ def test_jitter_in_each_of_the_24_orders_equals_torchvision():
 
 
 def test_normalize_equals_torchvision():
-    uint8 = bytes_of()
+    uint8 = photographs()
     expected, before = reference.normalize(uint8 / 255, ours.CIFAR_MEAN, ours.CIFAR_STD), uint8.clone()
     for given in (uint8, uint8 / 255):
         assert difference(ours.normalize(given, ours.CIFAR_MEAN, ours.CIFAR_STD), expected) < 2e-6
@@ -154,7 +151,7 @@ def test_normalize_equals_torchvision():
     (32, 32, 32, (5, 9, 20, 17)), (32, 32, 8, (2, 3, 29, 27)), (40, 56, 16, (7, 11, 33, 9)),
     (32, 32, 32, (31, 31, 1, 1)), (56, 40, 24, (30, 0, 26, 40))])
 def test_crop_resize_equals_torchvision(height, width, size, box):
-    images, flip = bytes_of(3, height, width), torch.tensor([False, True, False])
+    images, flip = photographs(3, height, width), torch.tensor([False, True, False])
     boxes = torch.tensor([box] * 3, dtype=torch.float)
     result = ours.crop_resize(images, boxes, size, flip)
     assert result.dtype == torch.float32 and result.shape == (3, 3, size, size)
@@ -183,7 +180,7 @@ def test_resized_crop_equals_torchvision(width, height, size, box):
 @pytest.mark.parametrize("size", [16, 61, 96])
 def test_blur_equals_pil(size):
     sigma = torch.tensor([0.0, 0.1, 0.3, 0.7, 1.1, 1.4, 2.0, 4.0])
-    crops = torch.stack([tensor_of(photograph(size, size, seed)) for seed in range(len(sigma))])
+    crops = photographs(len(sigma), size, size)
     blurred = ours.gaussian_blur(crops / 255, sigma)
     pil = torch.stack([tensor_of(pil_of(crop).filter(ImageFilter.GaussianBlur(s.item())))
                        for crop, s in zip(crops, sigma)]) / 255
@@ -302,7 +299,8 @@ def test_probabilities_of_dinos_views():
 
 
 def test_simclr_draws_its_two_views_independently():
-    augment, images, g, columns = ours.SimCLRAugmentation(), bytes_of(5000, 8, 8), generator(), []
+    augment, g, columns = ours.SimCLRAugmentation(), generator(), []
+    images = torch.empty(5000, 3, 8, 8, dtype=torch.uint8)
     for _ in range(2):
         boxes, flip, ((jittered, (order, factors)), (grey, _), (normalised, _)) = augment.draw(images, g)
         for events, p in ((flip, 0.5), (jittered, 0.8), (grey, 0.2), (normalised, 1.0)):
@@ -329,7 +327,7 @@ def test_simclrs_arguments_decide_what_is_drawn():
 @pytest.mark.parametrize("count, height, width, size", [(100, 32, 32, 32), (7, 48, 40, 20), (1, 32, 32, 32)])
 def test_simclrs_views_equal_torchvision_composed_at_the_drawn_parameters(count, height, width, size):
     augment = ours.SimCLRAugmentation(size)
-    images, g = bytes_of(count, height, width), generator(4)
+    images, g = photographs(count, height, width), generator(4)
     before = images.clone()
     views = augment(images, generator(4), views=3)
     assert len(views) == 3 and torch.equal(images, before)
@@ -405,7 +403,7 @@ def test_a_seed_alone_decides(global_states):
     crops, again = batch_of(crop, seeds), batch_of(crop, seeds)
     for field, same, of_other_seed in zip(crops, again, crop(photograph(seed=seeds[0] % 7), 1)):
         assert torch.equal(field, same) and not torch.equal(field[0], of_other_seed)
-    for augment, given in ((simclr, bytes_of(100)), (multi, crops)):
+    for augment, given in ((simclr, photographs(100)), (multi, crops)):
         expected = augment(given, generator(6))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert all(torch.equal(a, b) for a, b in zip(augment(given, generator(6)), expected))
@@ -430,17 +428,17 @@ def test_views_do_not_depend_on_the_number_of_ranks():
 
 # ----------------------------------------------------------------------------------------------------- errors
 
-@pytest.mark.parametrize("make, arguments", [
-    (ours.SimCLRAugmentation, [dict(scale=(0, 1)), dict(ratio=(2, 1)), dict(size=0),
-                               dict(strengths=(0.4, 0.4, 0.4)), dict(strengths=(0.4, 0.4, 0.4, 0.6)),
-                               dict(strengths=(-0.1, 0.4, 0.4, 0.1))]),
-    (ours.MultiCropAugmentation, [dict(erasing=1.5), dict(blur_sigma=(2, 1)), dict(strengths=())]),
-    (ours.MultiCrop, [dict(global_scale=(0.0, 1.0)), dict(local_scale=(0.4, 0.1)), dict(global_size=0),
-                      dict(local_size=4097), dict(local_number=-1), dict(global_number=1)])])
-def test_impossible_arguments_are_an_error(make, arguments):
-    for wrong in arguments:
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            make(**wrong)
+@pytest.mark.parametrize("make, name, wrong", [
+    (ours.SimCLRAugmentation, "scale", (0, 1)), (ours.SimCLRAugmentation, "size", 0),
+    (ours.SimCLRAugmentation, "strengths", (0.4, 0.4, 0.4)),
+    (ours.SimCLRAugmentation, "strengths", (0.4, 0.4, 0.4, 0.6)),
+    (ours.MultiCropAugmentation, "strengths", (-0.1, 0.4, 0.4, 0.1)),
+    (ours.MultiCropAugmentation, "blur_sigma", (2, 1)), (ours.MultiCropAugmentation, "erasing", 1.5),
+    (ours.MultiCrop, "local_scale", (0.4, 0.1)), (ours.MultiCrop, "local_size", 4097),
+    (ours.MultiCrop, "local_number", -1), (ours.MultiCrop, "global_number", 1)])
+def test_impossible_arguments_are_an_error(make, name, wrong):
+    with pytest.raises(ValueError, match=name):
+        make(**{name: wrong})
 
 
 @pytest.mark.parametrize("images", [

@@ -115,22 +115,19 @@ def test_a_signal_saves_and_leaves(images, uninterrupted, tmp_path, no_curves, p
 
 
 def test_a_signal_between_two_looks_never_exits_without_a_save(images, tmp_path):
+    saved, looks = [], iter([None] + 9 * [signal.SIGTERM])
+
     class Late:
         """A signal that arrives after the first look at it in a step."""
-        looks, saved = 0, []
-
-        @property
-        def signal(self):
-            self.looks += 1
-            return None if self.looks == 1 else signal.SIGTERM
+        signal = property(lambda self: next(looks))
 
         def exit(self, message):
-            assert self.saved, message
+            assert saved, message
             raise SystemExit
-    late, run = Late(), make_run(images, tmp_path / "run")
+    run = make_run(images, tmp_path / "run")
     with pytest.raises(SystemExit):
-        main.train_one_epoch(run, lambda: late.saved.append(run.step), late)
-    assert late.saved == [run.step] == [2]
+        main.train_one_epoch(run, lambda: saved.append(run.step), Late())
+    assert saved == [run.step] == [2]
 
 
 def test_a_finished_run_is_left_alone(images, uninterrupted, tmp_path, capsys):
