@@ -70,3 +70,9 @@ def nt_xent(z0, z1, temperature=0.5):
     z, n = torch.nn.functional.normalize(torch.cat([z0, z1]), dim=1), len(z0)
     logits = (z @ z.T / temperature).masked_fill(torch.eye(2 * n, dtype=torch.bool), float("-inf"))
     return torch.nn.functional.cross_entropy(logits, (torch.arange(2 * n) + n) % (2 * n))
+
+
+def dcl(z0, z1, temperature):
+    """Decoupled contrastive learning (Yeh et al. 2022): a log-mean-exp for every anchor."""
+    positive, negative = symmetric_pairs(z0, z1)
+    return (negative.view(2 * len(z0), -1) / temperature).logsumexp(1).mean() - positive.mean() / temperature

@@ -177,6 +177,16 @@ def test_first_and_second_derivatives(form, gram):
     assert torch.autograd.gradgradcheck(loss, (x, y, *weights))
 
 
+@pytest.mark.parametrize("n", [3, 9])  # matrices of cosines, Gram matrices
+@pytest.mark.parametrize("form, preset", [*itertools.product(FORMS, OURS)])
+def test_torch_func_grad_equals_autograd(form, preset, n):
+    x, y = embeddings(form, n, 6)
+    criterion = AUCCLLoss.preset(preset).double()
+    expected, = torch.autograd.grad(call(criterion, form, x.detach(), y), y)
+    assert_close(torch.func.grad(lambda y: call(criterion, form, x.detach(), y))(y.detach()), expected)
+    assert criterion.stats["positive"] <= 1
+
+
 def test_pair_auc_counts_couples():
     z0, z1 = embeddings("symmetric", 6, 3)
     positive, negative = ref.symmetric_pairs(z0, z1)
@@ -216,8 +226,9 @@ def test_plain_steps_reach_the_saddle_which_is_the_square_surrogate(form, score,
 
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("build, options", [
-    (torch.optim.SGD, dict(lr=0.1, momentum=0.5)), (torch.optim.AdamW, dict(lr=0.02)),
-    (timm.optim.Lars, dict(lr=0.1)), (timm.optim.Muon, dict(lr=0.02))])
+    (torch.optim.SGD, dict(lr=0.1, momentum=0.5)), (torch.optim.Adam, dict(lr=0.02)),
+    (torch.optim.AdamW, dict(lr=0.02)), (timm.optim.Lars, dict(lr=0.1)), (timm.optim.Lamb, dict(lr=0.02)),
+    (timm.optim.Muon, dict(lr=0.02)), (timm.optim.Adafactor, dict(lr=0.02, scale_parameter=False))])
 def test_every_optimizer_does_descent_ascent(build, options, grouped):
     criterion, bystander = AUCCLLoss(a=0.0, b=0.4, alpha=0.4), torch.nn.Parameter(torch.ones(4, 4))
     x, y = (z.detach().float() for z in embeddings("symmetric", 8, 4))
@@ -340,7 +351,8 @@ def test_softmax_losses_and_logs_of_batch_means_are_biased(temperature, size):
         z = unit_rows(torch.stack([z0, z1]))
         hardest = temperature * log_mean_exp(z, z, temperature, same_view=True)
         return hardest - symmetric_moments(*z).positive_mean
-    for loss in (log_of_this_batch, lambda z0, z1, _: ref.nt_xent(z0, z1, temperature)):
+    for loss in (log_of_this_batch, lambda z0, z1, _: ref.nt_xent(z0, z1, temperature),
+                 lambda z0, z1, _: ref.dcl(z0, z1, temperature)):
         assert (relative_bias(loss, small_network(), size) > 1e-3) == (size < 6)
 
 

@@ -1,5 +1,6 @@
 """The objective over several processes (gloo) against one process on the concatenated batch."""
 import copy
+import pickle
 
 import auccl_loss
 import pytest
@@ -66,19 +67,19 @@ def test_ranks_equal_one_process(monkeypatch, form, views, dim, ends, preset):
     assert not torch.equal(weights[0], weights[-1])
 
 
-def losses_and_gradients(views):
-    """Of losses that see one rank's images alone: their values, and the gradients of b. A copy has lost the
-    hooks on parameters, if there are any."""
-    criterion, losses, grads = AUCCLLoss(gather=False), [], []
-    for criterion in (criterion, copy.deepcopy(criterion), AUCCLLoss.preset("released-cifar")):
-        losses.append(criterion(*views))
-        losses[-1].backward()
-        grads.append(criterion.b.grad)
-    return torch.stack(losses).detach(), torch.stack(grads)
+def copies(criterion):
+    assigned = AUCCLLoss(gather=False)
+    assigned.load_state_dict(copy.deepcopy(criterion.state_dict()), assign=True)
+    return criterion, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion)), assigned
 
 
 def local_rank():
     views = [view[:10] if rank() == 0 else view[10:] for view in inputs(0)]
+    losses, grads = [], []
+    for criterion in (*copies(AUCCLLoss(gather=False)), AUCCLLoss.preset("released-cifar")):
+        losses.append(criterion(*views))
+        losses[-1].backward()
+        grads.append(criterion.b.grad)
     released, hard = AUCCLLoss.preset("released-imagenet"), AUCCLLoss.preset("hard", gather=False)
     released.teacher_student(torch.stack(views), torch.stack(views))
     hard(*views)
@@ -88,10 +89,10 @@ def local_rank():
         AUCCLLoss(a=float(rank()))(*views)
     with pytest.raises(ValueError, match="two images"):
         AUCCLLoss.preset("hard")(views[0][:1], views[1][:1])
-    return *losses_and_gradients(views), released.center, hard.u, quartic
+    return torch.stack(losses).detach(), torch.stack(grads), released.center, hard.u, quartic
 
 
-def test_local_negatives_with_averaged_gradients_and_equal_starts():
+def test_local_negatives_with_averaged_gradients_also_of_copies_and_equal_starts():
     ranks = run_ranks(local_rank, 2)
     grads, means, log_means, fourth = [], [], [], []
     for (losses, *_), rows in zip(ranks, (slice(0, 10), slice(10, N))):
@@ -100,9 +101,11 @@ def test_local_negatives_with_averaged_gradients_and_equal_starts():
         log_means.append(log_mean_exp(z, z, 0.1, same_view=True))
         fourth.append(mean_fourth_power(z, z, same_view=True))
         means.append(torch.stack(views).mean((0, 1)))
-        alone, own_grads = losses_and_gradients(views)
-        grads.append(own_grads)
-        torch.testing.assert_close(losses, alone)  # of this rank's images alone
+        criteria = *copies(AUCCLLoss()), AUCCLLoss.preset("released-cifar")
+        alone = [criterion(*views) for criterion in criteria]
+        grads.append(torch.stack([torch.autograd.grad(loss, criterion.b)[0]
+                                  for loss, criterion in zip(alone, criteria)]))
+        torch.testing.assert_close(losses, torch.stack(alone).detach())  # of this rank's images alone
     u = sum(log_means) / 2  # the start; then towards the ranks' mean
     u = (0.9 * u.exp() + 0.1 * torch.stack(log_means).exp().mean()).log()
     for _, b_grads, center, hard_u, quartic in ranks:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import interrupt
@@ -184,8 +185,12 @@ def two_ranks(images, tmp_path_factory):
 
 @pytest.mark.parametrize("victim, point, count", [(0, "fsync", 3), (1, "step", 4)])
 def test_a_killed_rank_ends_the_other_and_both_resume(images, two_ranks, tmp_path, victim, point, count):
-    arguments = flags(images, tmp_path / "run", *two_ranks[1])
-    run_two(arguments, tmp_path, victim, point, count, codes=[(-9, 1), (1, -9)][victim])
+    arguments, started = flags(images, tmp_path / "run", *two_ranks[1]), time.monotonic()
+    results = run_two(arguments, tmp_path, victim, point, count, codes=[(-9, 1), (1, -9)][victim])
+    assert time.monotonic() - started < 60
+    message = results[1 - victim].stderr
+    assert message.startswith(f"error: rank {1 - victim}: lost contact with another rank")
+    assert message.count("\n") == 1
     run_two(arguments, tmp_path)
     assert_same_run(tmp_path / "run", two_ranks[0])
 
