@@ -231,9 +231,10 @@ class Run:
         self.sums, self.sums_at_last_log = Counter(), Counter()  # over the steps of the epoch, by name
 
     def state_dict(self):
-        """The checkpoint. UserError if a weight or a buffer is not finite: nothing of it must be saved."""
+        """The checkpoint. UserError if a weight or a running statistic is not finite: nothing must be saved."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        if not all(torch.isfinite(x).all() for part in ("student", "loss") for x in state[part].values()):
+        weights = *state["student"].values(), *self.criterion.parameters()  # `u` is NaN before the first step
+        if not all(torch.isfinite(x).all() for x in weights):
             raise UserError(utils.diverged("a weight", self.epoch, self.step))
         return state | {"backbone": self.description._asdict(), "epoch": self.epoch, "step": self.step,
                         "sums": dict(self.sums), "sums_at_last_log": dict(self.sums_at_last_log),
@@ -435,6 +436,7 @@ def train(args, device, criterion=None):
     """Trains to the end, or resumes. The first rank writes the files."""
     folder, first = args.output_dir, distributed.rank() == 0
     checkpoint, curves = folder / "checkpoint.pth", folder / "curves.png"
+    criterion = criterion or utils.build_criterion(args)
     free = ("batch_size_per_gpu",) if args.preset == "paper" else ()  # others take pairs within each rank
     state = utils.read_resume(args, checkpoint, FREE_ON_RESUME + free)
     fresh, run = state is None, Run(args, device, criterion)
@@ -489,8 +491,9 @@ def announce(run):
     print(f"{len(run.images)} images; {args.arch} with {utils.millions(student.backbone)} M parameters and a "
           f"head with {utils.millions(student.head)} M; {distributed.world_size()} x {run.device}, "
           f"{run.amp_dtype or torch.float32}; {run.steps} steps per epoch of {run.images_per_step} images\n"
-          f"from epoch {run.epoch + 1}, step {run.step + 1}, to epoch {args.epochs}; {args.output_dir}")
-    if args.warmup_epochs >= args.epochs:
+          f"from epoch {run.epoch + 1}, step {run.step + 1}, to epoch {args.epochs}; {args.output_dir}",
+          flush=True)
+    if args.warmup_epochs > args.epochs:
         print(f"note: --warmup_epochs {args.warmup_epochs:g} outlasts --epochs {args.epochs}; the learning "
               "rate ends below its peak", flush=True)
 

@@ -404,9 +404,11 @@ def load_checkpoint(path: Path, advice: str = "move it away or restore a copy") 
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
-    except (PermissionError, IsADirectoryError):
+    except (PermissionError, IsADirectoryError, MemoryError):
         raise
     except Exception as error:  # torch.load raises half a dozen types for damaged files
+        if any(words in str(error) for words in NO_MEMORY):
+            raise
         if "unsupported global" in str(error).lower():
             raise UserError(f"{path} holds more than tensors and plain data, which is not loaded; {advice}")
         raise UserError(f"{path} is empty, damaged or no checkpoint; move it away or restore a copy")

@@ -162,6 +162,7 @@ def load_population(checkpoint: Path, data_path: Path | None, images: int, seed:
     if images > len(data.train):
         raise utils.UserError(f"--images {images} is more than the {len(data.train)} training images")
     run = cifar.Run(args, data)
+    utils.set_backends(run.device, args.deterministic, tf32=False)  # its rounding would be a bias
     utils.load_parts(state, {"student": run.model}, checkpoint)
     choice, generator = (torch.Generator().manual_seed(utils.stream_seed(seed, *stream))
                          for stream in ((VIEWS,), (VIEWS, 1)))
@@ -189,7 +190,6 @@ def main(argv=None):
     if wrong := [size for size in args.batch_sizes if args.images % size]:
         raise utils.UserError(f"--batch_sizes {wrong[0]} does not divide --images {args.images}")
     auccl_loss.BLOCK = 2 * args.images  # (2) takes all pairs of a population, as the other losses do
-    torch.backends.cudnn.allow_tf32 = False  # its rounding would be a bias
     for checkpoint in args.checkpoints:
         population = load_population(checkpoint, args.data_path, args.images, args.seed, args.device)
         for name in args.losses:

@@ -284,6 +284,7 @@ def train(args, data: ImageData | None = None, criterion: torch.nn.Module | None
             print(describe(run), flush=True)
             log = utils.RunLog(folder, (run.epoch, run.step), table=f"{folder.name}_statistics.csv")
             train_epochs(run, checkpoint, log)
+            log.board.close()  # else each run of a study leaves a thread and an open file
             return run, log.records
         print(f"the run in {folder} is finished, after {run.epoch} epochs")
         return run, utils.read_records(folder / "log.txt")

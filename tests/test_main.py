@@ -117,6 +117,7 @@ def test_a_finished_run_called_again_changes_nothing(images, finished, tmp_path,
     (output / "log.txt").unlink()
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.name != "run.lock"}
     main.main(flags(images, output, *finished[2]))
+    main.train(main.parse_args(flags(images, output, *finished[2])), torch.device("cpu"))
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.name != "run.lock"} == before
     assert "is finished, after 2 epochs" in capsys.readouterr().out
 
@@ -438,6 +439,14 @@ def test_the_released_objective_and_its_temperature(images, tmp_path):
         temperatures.append(run.criterion.teacher_temp)
     assert temperatures == pytest.approx([0.04, 0.07, 0.1, 0.1])
     assert step(run) > 50                                                          # (h - 10)^2 with h near 0
+
+
+@pytest.mark.parametrize("preset", ["hard", "quartic", "poster"])
+def test_every_preset_starts_with_a_checkpoint(images, tmp_path, preset):
+    run = make_run(images, tmp_path, "--preset", preset)
+    before = run.state_dict()
+    step(run)
+    run.load_state_dict(before, tmp_path)
 
 
 @pytest.mark.parametrize("optimizer, lr", [("adamw", "0.1"), ("sgd", "3"), ("lars", "30")])

@@ -243,8 +243,9 @@ def test_bias_writes_the_rows_that_its_table_lacks(images, tmp_path, monkeypatch
     monkeypatch.setattr(auccl_loss, "BLOCK", auccl_loss.BLOCK)  # which main sets
     args = cifar.parse_args([*FLAGS, "--output_dir", str(tmp_path)])
     torch.save(cifar.Run(args, images).state_dict(), tmp_path / "c.pth")
-    measured, measure = [], bias.measure
+    measured, exact, measure = [], [], bias.measure
     monkeypatch.setattr(bias, "measure", lambda *args: measured.append(args[2]) or measure(*args))
+    monkeypatch.setattr(bias.utils, "set_backends", lambda *args, tf32=True: exact.append(not tf32))
 
     def rows(*sizes):
         bias.main([str(tmp_path / "c.pth"), "--images", "16", "--cuts", "1", "--draws", "2",
@@ -254,6 +255,7 @@ def test_bias_writes_the_rows_that_its_table_lacks(images, tmp_path, monkeypatch
     assert [row["batch_size"] for row in rows("16")] == ["16"]
     whole, small = rows("4", "16")
     assert measured == [16, 4] and whole["network"] == tmp_path.name
+    assert exact[-1]  # a GPU's TF32 would be a bias
     assert float(whole["bias"]) < 1e-3 and float(whole["deviation"]) < 1e-2 < float(small["deviation"])
 
 

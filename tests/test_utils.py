@@ -219,6 +219,13 @@ def test_checkpoints_that_are_refused(tmp_path):
     assert f"Is a directory: {tmp_path}" in refusal(utils.load_checkpoint, tmp_path)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_checkpoint_larger_than_the_memory_is_not_called_damaged(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(torch, "load", raises(error))
+    with pytest.raises(type(error)):
+        utils.load_checkpoint(tmp_path / "checkpoint.pth")
+
+
 def test_only_the_same_run_is_resumed(tmp_path):
     path, args = tmp_path / "checkpoint.pth", Namespace(lr=0.1, size=[1, 2], data_path=Path("a"), workers=3)
     assert utils.read_resume(args, path, ()) is None
