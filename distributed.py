@@ -81,14 +81,14 @@ def sum_of_floats(*values: float) -> list[float]:
     return sum_over_ranks(torch.tensor(values, dtype=torch.float64)).tolist()
 
 
-def same_over_ranks(*numbers: int) -> bool:
-    """Whether all ranks call this with the same numbers."""
-    low = torch.tensor(numbers)
-    high = low.clone()
+def check_same_over_ranks(*numbers: int) -> None:
+    """UserError unless all ranks call this with the same numbers, of a run's position and data."""
+    extremes = torch.tensor([numbers, [-number for number in numbers]])
     if world_size() > 1:
-        dist.all_reduce(low, dist.ReduceOp.MIN)
-        dist.all_reduce(high, dist.ReduceOp.MAX)
-    return torch.equal(low, high)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    if not torch.equal(extremes[0], -extremes[1]):
+        raise UserError("processes see different checkpoints or images; --output_dir and --data_path must be "
+                        "the same folders on all hosts")
 
 
 def share(rows):

@@ -30,10 +30,7 @@ def parse_args(argv=None):
     add("--skip_bad_images", action="store_true", help="rows of zeros for undecodable images")
     utils.add_backbone_flags(parser)
     parser.set_defaults(dataset="folder")
-    args = parser.parse_args(argv)
-    if args.random_weights:
-        utils.refuse(args, ("pretrained_weights", "checkpoint_key"), "with --random_weights")
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -148,9 +148,9 @@ class Run:
             utils.refuse(args, ("drop_path",), "with a backbone that is no vit_*")
         train, test = data.build_splits(args.dataset, args.data_path, download=args.download)
         test.transform = data.eval_transform(description.image_size, description.mean, description.std)
+        self.num_labels = data.count_labels(args.num_labels, train, test)
         rows = data.choose_subset(torch.tensor(train.targets), args.shots, args.fraction, args.seed).tolist()
         self.train, self.test = TrainingImages(train.subset(rows), description, args), test
-        self.num_labels = data.count_labels(args.num_labels, train, test)
         self.fingerprint = [len(rows), len(test), pretrained.checksum(model)]
         self.batch_size = args.batch_size_per_gpu * distributed.world_size()
         self.peak_lr = args.lr * self.batch_size / 256
@@ -279,9 +279,7 @@ def train(args, device: torch.device) -> None:
     state = utils.read_resume(args, path, FREE_ON_RESUME, run.flags)
     if state:
         run.load_state_dict(state, path)
-    if not distributed.same_over_ranks(run.epoch, run.step, *run.fingerprint):
-        raise UserError("processes see different checkpoints or images; --output_dir and --data_path must be "
-                        "the same folders on all hosts")
+    distributed.check_same_over_ranks(run.epoch, run.step, *run.fingerprint)
     log = utils.RunLog(args.output_dir, (run.epoch, run.step), run.steps) if first else None
 
     def save():

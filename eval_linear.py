@@ -362,9 +362,7 @@ def train_heads(args, backbone: nn.Module, description: pretrained.Description, 
             raise UserError(f"{path} had another backbone or other images; choose another --output_dir")
         utils.load_parts(state, parts, path)
         epoch, chosen, best_acc = state["epoch"], state["chosen"], state["best_acc"]
-    if not distributed.same_over_ranks(epoch, *fingerprint):
-        raise UserError("processes see different checkpoints or images; --output_dir and --data_path must be "
-                        "the same folders on all hosts")
+    distributed.check_same_over_ranks(epoch, *fingerprint)
     if first:
         print(f"{len(fit)} images to train on, {len(held)} to choose on, {len(test)} to test on; "
               f"classes: {num_labels}; heads: {len(candidates)}; {device}; {args.output_dir}\n"

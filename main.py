@@ -231,7 +231,7 @@ class Run:
         self.sums, self.sums_at_last_log = Counter(), Counter()  # over the steps of the epoch, by name
 
     def state_dict(self):
-        """The checkpoint. UserError if a weight or a running statistic is not finite: nothing must be saved."""
+        """The checkpoint. UserError if a weight or running statistic is not finite: nothing must be saved."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         weights = *state["student"].values(), *self.criterion.parameters()  # `u` is NaN before the first step
         if not all(torch.isfinite(x).all() for x in weights):
@@ -446,9 +446,7 @@ def train(args, device, criterion=None):
     if not fresh:
         run.load_state_dict(state, checkpoint)
         del state  # as large as the run itself
-    if not distributed.same_over_ranks(run.epoch, run.step, run.steps, int(run.images.checksum[1][:15], 16)):
-        raise UserError("processes see different checkpoints or images; --output_dir and --data_path must "
-                        "be the same folders on all hosts")
+    distributed.check_same_over_ranks(run.epoch, run.step, run.steps, int(run.images.checksum[1][:15], 16))
     if first:
         announce(run)
     if run.epoch == args.epochs and curves.exists():

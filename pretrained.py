@@ -264,11 +264,10 @@ def feature_batches(network, images, device, batch_size=128, num_workers=0, amp_
 
 @torch.inference_mode()
 def extract_features(network, dataset, device, batch_size=128, num_workers=0, amp_dtype=None,
-                     title="features", gather=True, keep_on=None):
+                     title="features", keep_on=None):
     """Features [N, F] in float32 and labels [N] of all images in order, on every rank: see `feature_batches`.
 
     dataset: of `data.build_dataset`; every image is computed once. keep_on: the device of the results.
-    gather: False leaves each rank the features of its images rank, rank + W, ...; the labels are all.
     UserError also for an empty data set.
     """
     if len(dataset) == 0:
@@ -280,9 +279,7 @@ def extract_features(network, dataset, device, batch_size=128, num_workers=0, am
         features.append(rows.to(keep_on or device))
         labels.append(targets.clone().to(keep_on or device))  # a worker's tensor would keep a file open
     features, labels = torch.cat(features)[:len(own)], torch.cat(labels)[:len(own)]
-    if gather:
-        features = distributed.gather_rows(features, len(dataset))
-    return features, distributed.gather_rows(labels, len(dataset))
+    return distributed.gather_rows(features, len(dataset)), distributed.gather_rows(labels, len(dataset))
 
 
 def checksum(backbone: torch.nn.Module) -> int:
@@ -295,6 +292,8 @@ def checksum(backbone: torch.nn.Module) -> int:
 
 def load_from_flags(args, drop_path_rate=0.0):
     """`load_backbone` by the flags of `utils.add_backbone_flags`; fills in paths that were not given."""
+    if args.random_weights:
+        utils.refuse(args, ("checkpoint_key",), "with --random_weights")
     if args.data_path is None and args.dataset in data.DATASETS and args.dataset != "folder":
         args.data_path = Path(__file__).resolve().parent / "cifar" / "datasets"
     if args.pretrained_weights is None and not args.random_weights:

@@ -26,8 +26,6 @@ def parse_args(argv=None):
     add("--output", type=utils.path, help="PNG to write (default: PICTURE.png in the current folder)")
     utils.add_evaluation_flags(parser)
     args = parser.parse_args(argv)
-    if args.random_weights:
-        utils.refuse(args, ("pretrained_weights", "checkpoint_key"), "with --random_weights")
     if args.picture == "map":
         utils.refuse(args, ("images", "resolution"), "with map")
         args.method, args.images_per_class = args.method or "pca", args.images_per_class or 100

@@ -120,12 +120,13 @@ def test_shares_sums_and_gathers(world):
         gathered = [distributed.gather_rows(distributed.share(rows[:count]), count) for count in (7, 2, 1)]
         return (rank, distributed.world_size(), distributed.share(range(7)), gathered,
                 distributed.sum_over_ranks(torch.tensor([rank, 1])), distributed.sum_of_floats(0.5, rank),
-                distributed.same_over_ranks(3, 4), distributed.same_over_ranks(3, min(rank, 1)))
-    for rank, (own, size, share, gathered, total, floats, same, other) in enumerate(run_ranks(tell, world)):
+                distributed.check_same_over_ranks(3, 4),
+                world > 1 and refusal(distributed.check_same_over_ranks, 3, min(rank, 1)))
+    for rank, (own, size, share, gathered, total, floats, _, other) in enumerate(run_ranks(tell, world)):
         assert (own, size, list(share)) == (rank, world, [n for n in range(7) if n % world == rank])
         assert all(torch.equal(part, rows[:count]) for part, count in zip(gathered, (7, 2, 1)))
         assert total.tolist() == [sum(range(world)), world] and floats == [0.5 * world, sum(range(world))]
-        assert same and other == (world == 1)
+        assert world == 1 or other.startswith("processes see different checkpoints or images")
 
 
 def test_a_restart_does_not_see_the_addresses_of_the_attempt_before(environment, monkeypatch):

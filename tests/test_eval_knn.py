@@ -223,6 +223,7 @@ def test_two_ranks_equal_one(checkpoint, images, tmp_path, monkeypatch):
     ("--random_weights --arch cifar/tiny", "--data_path is missing"),
     ("--random_weights --arch cifar/tiny --data_path /nowhere", "no folder /nowhere"),
     ("--random_weights --pretrained_weights x.pth", "give either --pretrained_weights or --random_weights"),
+    ("--random_weights --checkpoint_key x", "--checkpoint_key cannot be used with --random_weights"),
     ("--load_features X --arch vit_tiny", "--arch cannot be used with --load_features")])
 def test_mistakes_about_flags_and_data_are_one_line(argv, message):
     assert message in refused(argv.split())
