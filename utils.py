@@ -311,12 +311,7 @@ def set_backends(device, deterministic: bool, tf32: bool = True) -> None:
 
 def memory_format(network, device, dtype):
     """The faster layout of images and convolutions: channels_last, except for wide networks in float32 on
-    CPUs without AVX-512.
-
-    Images/s of a step in float32, channels_last against contiguous. AMD EPYC with AVX2, two cores: ResNet-18
-    13.5 and 16.3, `small` 146 and 153, `tiny` 1,510 and 1,169. Intel Xeon, one core, held to AVX2: 21.7 and
-    21.0, 254 and 224, 2,098 and 1,753; with AVX-512: 23.9 and 23.7, 320 and 264, 2,460 and 1,980.
-    """
+    CPUs without AVX-512 (measured: results/speed.md)."""
     import torch
     wide = any(len(parameter) >= 512 for parameter in network.parameters() if parameter.ndim == 4)
     avx2 = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"

@@ -7,7 +7,6 @@
 Both make CIFAR-size SimCLR views of random images, on one CPU thread, in turns so that a change of the
 machine's speed meets both; the medians count.
 """
-import argparse
 import sys
 from pathlib import Path
 from statistics import median
@@ -19,17 +18,9 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import utils  # noqa: E402
 from augmentations import CIFAR_MEAN, CIFAR_STD, SimCLRAugmentation  # noqa: E402
 from benchmarks.measure import alternate, machine  # noqa: E402
-
-
-def get_args():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--batch_size", default=256, type=int, help="images per batch; each gives two views")
-    parser.add_argument("--repeats", default=10, type=int, help="timed batches of each implementation")
-    parser.add_argument("--device", default="cpu", help="device of ours, cpu or cuda")
-    return parser.parse_args()
 
 
 def torchvision_on_pil(images):
@@ -46,8 +37,13 @@ def torchvision_on_pil(images):
     return lambda: [torch.stack([augment(image) for image in pil_images]) for _ in range(2)]
 
 
-def main():
-    args = get_args()
+def main(argv=None):
+    parser = utils.ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("--batch_size", type=utils.positive_int, default=256, help="images per batch; each gives two views")
+    add("--repeats", type=utils.positive_int, default=10, help="timed batches of each implementation")
+    add("--device", default="cpu", help="device of ours, cpu or cuda")
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     # 28 MB, freed at once: glibc then keeps freed memory instead of returning it, as in a training process.
     torch.zeros(7_000_000)
@@ -66,4 +62,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main)

@@ -29,9 +29,12 @@ TRAIN = ("main.py --arch vit_tiny --patch_size 8 --global_crops_size 32 --local_
 failed = []
 
 
-def report(name: str, good: bool, started: float, detail: str = "") -> None:
-    print(f"{'ok' if good else 'FAILED':6} {time.monotonic() - started:4.0f} s  {name}{detail}", flush=True)
-    failed.extend([] if good else [name])
+def report(name: str, good: bool, started: float, *launches) -> None:
+    """Prints whether a check passes, else also the last lines of the launches."""
+    print(f"{'ok' if good else 'FAILED':6} {time.monotonic() - started:4.0f} s  {name}", flush=True)
+    if not good:
+        failed.append(name)
+        print(*(launch.tell() for launch in launches), flush=True)
 
 
 def make_hosts(count: int) -> None:
@@ -117,11 +120,10 @@ def check_training(folder: Path, script: list[str], hosts: int) -> None:
     """Leaves the checkpoint of one host in folder/one{hosts}."""
     one = Launch(folder / f"one{hosts}", script, local=hosts)
     good = one.finish()
-    report(f"1 host x {hosts} processes trains", good, one.started, "" if good else one.tell())
+    report(f"1 host x {hosts} processes trains", good, one.started, one)
     many = Launch(folder / f"many{hosts}", script, hosts)
     good = many.finish() and same_weights(*(run.log.with_name("checkpoint.pth") for run in (one, many)))
-    report(f"{hosts} hosts x 1: weights and optimiser equal, bitwise", good, many.started,
-           "" if good else many.tell())
+    report(f"{hosts} hosts x 1: weights and optimiser equal, bitwise", good, many.started, many)
 
 
 def check_cut(folder: Path, script: list[str], restarts: int) -> None:
@@ -130,10 +132,10 @@ def check_cut(folder: Path, script: list[str], restarts: int) -> None:
     subprocess.run("ip link set port2 down".split(), check=True)
     cut = time.monotonic()
     good = run.wait_for(lambda: all(run.errors()), 60) and all(len(lines) == 1 for lines in run.errors())
-    report("h2 is cut off: both ranks end, with a line each", good, cut, "" if good else run.tell())
+    report("h2 is cut off: both ranks end, with a line each", good, cut, run)
     if restarts == 0:
         good = run.wait_for(lambda: run.processes[0].poll() is not None, 60)
-        report("... and the launcher of h1, which holds the store", good, cut, "" if good else run.tell())
+        report("... and the launcher of h1, which holds the store", good, cut, run)
         run.wait_for(lambda: run.processes[1].poll() is not None, 60)
         print("               the launcher of h2", "waits" if run.processes[1].poll() is None else "ended")
         run.kill()
@@ -142,7 +144,7 @@ def check_cut(folder: Path, script: list[str], restarts: int) -> None:
         back = time.monotonic()
         good = run.finish() and same_weights(run.log.with_name("checkpoint.pth"),
                                              folder / "one2" / "out" / "checkpoint.pth")
-        report("h2 is back: the run ends with the same weights", good, back, "" if good else run.tell())
+        report("h2 is back: the run ends with the same weights", good, back, run)
 
 
 def check_evaluation(folder: Path, weights: Path, labelled: Path) -> None:
@@ -153,14 +155,12 @@ def check_evaluation(folder: Path, weights: Path, labelled: Path) -> None:
         return launch, launch.finish()
     (one, good), (two, also) = (run("eval_knn.py", hosts, "--nb_knn", "3", "5") for hosts in (1, 2))
     good = good and also and len({launch.log.with_name("knn.txt").read_text() for launch in (one, two)}) == 1
-    report("eval_knn.py over 2 hosts equals one process, every digit", good, two.started,
-           "" if good else one.tell() + two.tell())
+    report("eval_knn.py over 2 hosts equals one process, every digit", good, two.started, one, two)
     (one, good), (two, also) = (run("eval_linear.py", hosts, "--epochs", "2") for hosts in (1, 2))
     heads = [tensors(launch.log.with_name("checkpoint.pth.tar")) for launch in (one, two) if good and also]
     apart = max([(x.double() - y).abs().max().item() for x, y in zip(*heads, strict=True)], default=1)
-    good = apart < 1e-5
-    report(f"eval_linear.py over 2 hosts: heads and momentum equal one process's to {apart:.0e}", good,
-           two.started, "" if good else one.tell() + two.tell())
+    report(f"eval_linear.py over 2 hosts: heads and momentum equal one process's to {apart:.0e}",
+           apart < 1e-5, two.started, one, two)
 
 
 def check_names(folder: Path, script: list[str]) -> None:
@@ -168,8 +168,8 @@ def check_names(folder: Path, script: list[str]) -> None:
     ended = not run.finish()
     lines = [line for lines in run.errors() for line in lines]  # of the first, which ends the others
     good = ended and bool(lines) and all("GLOO_SOCKET_IFNAME" in line for line in lines)
-    report("without GLOO_SOCKET_IFNAME all end, and a line asks for it", good, run.started,
-           f":\n               {lines[0]}" if good else run.tell())
+    report("without GLOO_SOCKET_IFNAME all end, and a line asks for it", good, run.started, run)
+    print(*lines[:1])
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ The dense vote is the usual code: for a hundredth of the queries at a time, the 
 one-hot tensor [q, k, C] times their weights, a sum over neighbours, a sort over classes. Runs alternate,
 medians are printed. Memory is the peak of a fresh process, or of the GPU, above what it held before the call.
 """
-import argparse
 import functools
 import statistics
 import sys
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import utils  # noqa: E402
 from benchmarks.measure import alternate, extra_memory, machine  # noqa: E402
 from eval_knn import knn_accuracy  # noqa: E402
 
@@ -59,13 +59,13 @@ def make_call(name, sizes):
     return functools.partial(METHODS[name], *problem(*sizes))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv=None):
+    parser = utils.ArgumentParser(__doc__)
     for name, default in (("bank", 50000), ("queries", 10000), ("dim", 512), ("classes", 1000), ("k", 200),
                           ("runs", 3), ("threads", torch.get_num_threads())):
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=utils.positive_int, default=default)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     print(f"{machine()}; {vars(args)}")
     sizes = args.bank, args.queries, args.dim, args.classes, args.k, args.device
@@ -80,4 +80,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main)

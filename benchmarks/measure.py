@@ -89,6 +89,16 @@ class RecordProducts(TorchDispatchMode):
             function(*args, **kwargs)
 
 
+def compare_step(seconds: dict, images: int, operations: int, dtype: torch.dtype, device: str) -> str:
+    """One line on a step of `images` and `operations` in `dtype`: images/s beside those of another and of its
+    products alone, and FLOP/s beside `matrix_rate`. seconds: of these three by name, in this order."""
+    (_, ours), (name, other), (_, floor) = seconds.items()
+    reached, rate = operations / ours, matrix_rate(dtype, device)
+    return (f"ours {images / ours:.4g} images/s, {name} {images / other:.4g}, ratio {other / ours:.2f}; "
+            f"floor {images / floor:.4g}, {100 * floor / ours:.0f} % of the step; "
+            f"{reached / 1e9:.0f} GFLOP/s, {100 * reached / rate:.0f} % of a matrix product's {rate / 1e9:.0f} in {dtype}")
+
+
 def time_shares(step, least: float = 2.0) -> str:
     """The operations that take at least `least` % of all operations' time on the CPU, the largest first;
     loading aside."""
@@ -116,7 +126,11 @@ def extra_memory(prepare, *args, device="cpu") -> float:
 
 def _extra_memory(threads, prepare, *args):
     torch.set_num_threads(threads)
-    call = prepare(*args)
+    return added_memory(prepare(*args))
+
+
+def added_memory(call) -> float:
+    """MB by which a call raises this process's memory at its peak (Linux)."""
     before = _memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # restarts the peak, which has the imports in it
     call()

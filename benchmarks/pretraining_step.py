@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main as pretraining  # noqa: E402
 import utils  # noqa: E402
-from benchmarks.measure import (RecordProducts, alternate, extra_memory, machine, make_images,  # noqa: E402
-                                matrix_rate, median_wall, synchronize, time_shares)
+from benchmarks.measure import (RecordProducts, alternate, compare_step, extra_memory,  # noqa: E402
+                                machine, make_images, median_wall, synchronize, time_shares)
 
 
 def make_run(folder, arch, batch_size, device, *flags):
@@ -69,12 +69,9 @@ def main(argv=None):
         for _ in range(1 + args.runs):
             turns.append({name: take_step(run) for name, run in runs.items()})
             turns[-1] |= median_wall(alternate({"floor": products}, 1, warmup=0))
-        ours, float32, floor = (median(turn[name] for turn in turns[1:]) for name in turns[0])
-        reached, rate = counter.get_total_flops() / ours, matrix_rate(dtype, args.device)
-        print(f"ours {args.batch_size / ours:.2f} images/s, float32 {args.batch_size / float32:.2f}, ratio "
-              f"{float32 / ours:.2f}; floor {args.batch_size / floor:.2f}, {100 * floor / ours:.0f} % of the "
-              f"step; {reached / 1e9:.0f} GFLOP/s, {100 * reached / rate:.0f} % of a matrix product's "
-              f"{rate / 1e9:.0f} in {dtype}", flush=True)
+        seconds = {name: median(turn[name] for turn in turns[1:]) for name in turns[0]}
+        operations = counter.get_total_flops()
+        print(compare_step(seconds, args.batch_size, operations, dtype, args.device), flush=True)
         if args.device == "cpu":
             print(time_shares(lambda: take_step(runs["ours"])), flush=True)
         del runs, products

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils  # noqa: E402
 from benchmarks.augmentation import torchvision_on_pil  # noqa: E402
-from benchmarks.measure import (RecordProducts, alternate, extra_memory, machine, matrix_rate,  # noqa: E402
-                                median_wall, time_shares)
+from benchmarks.measure import (RecordProducts, alternate, compare_step, extra_memory,  # noqa: E402
+                                machine, median_wall, time_shares)
 from cifar import main as cifar  # noqa: E402
 from cifar.data import ImageData  # noqa: E402
 
@@ -65,12 +65,8 @@ def main(argv=None):
             ours()
         calls = {"ours": ours, "plain": plain, "floor": floor}
         times = median_wall(alternate(calls, args.runs, warmup=2))
-        reached, rate = counter.get_total_flops() / times["ours"], matrix_rate(dtype, args.device)
-        speed = {name: args.batch_size / seconds for name, seconds in times.items()}
-        print(f"{arch}: ours {speed['ours']:.1f} images/s, plain {speed['plain']:.1f}, ratio "
-              f"{speed['ours'] / speed['plain']:.2f}; floor {speed['floor']:.1f}, "
-              f"{100 * times['floor'] / times['ours']:.0f} % of the step; {reached / 1e9:.0f} GFLOP/s, "
-              f"{100 * reached / rate:.0f} % of a matrix product's {rate / 1e9:.0f} in {dtype}", flush=True)
+        compared = compare_step(times, args.batch_size, counter.get_total_flops(), dtype, args.device)
+        print(f"{arch}: {compared}", flush=True)
         del calls, floor
         if args.device == "cpu":
             print(f"{arch}: {time_shares(ours)}", flush=True)
