@@ -95,8 +95,8 @@ def compare_step(seconds: dict, images: int, operations: int, dtype: torch.dtype
     (_, ours), (name, other), (_, floor) = seconds.items()
     reached, rate = operations / ours, matrix_rate(dtype, device)
     return (f"ours {images / ours:.4g} images/s, {name} {images / other:.4g}, ratio {other / ours:.2f}; "
-            f"floor {images / floor:.4g}, {100 * floor / ours:.0f} % of the step; "
-            f"{reached / 1e9:.0f} GFLOP/s, {100 * reached / rate:.0f} % of a matrix product's {rate / 1e9:.0f} in {dtype}")
+            f"floor {images / floor:.4g}, {100 * floor / ours:.0f} % of the step; {reached / 1e9:.0f} "
+            f"GFLOP/s, {100 * reached / rate:.0f} % of a matrix product's {rate / 1e9:.0f} in {dtype}")
 
 
 def time_shares(step, least: float = 2.0) -> str:
