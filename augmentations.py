@@ -303,7 +303,8 @@ class SimCLRAugmentation(torch.nn.Module):
         super().__init__()
         _check_sizes(size=size)
         _check_ranges(scale=scale, ratio=ratio)
-        _check_strengths(strengths)
+        if len(strengths) != 4 or min(strengths) < 0 or strengths[HUE] > 0.5:
+            raise ValueError(f"strengths must be four, >= 0, the hue's at most 0.5, got {strengths}")
         self.size, self.scale, self.ratio, self.flip_p = size, scale, ratio, flip_p
         self.operations = [
             Operation(jitter_p, jitter, partial(draw_jitter, strengths), hue_place),
@@ -425,15 +426,13 @@ class MultiCropAugmentation(torch.nn.Module):
     Distributions are those of DINO's transforms on PIL images; values stay in float, PIL rounds to 8 bits.
 
     erasing: probability of timm's RandomErasing(mode="pixel") in the first global view. blur_sigma: range of
-    the blur's deviation in pixels; DINO's is for views of 224, so smaller ones may want less. strengths: of
-    the jitter, see draw_jitter. ValueError for impossible values.
+    the blur's deviation in pixels; DINO's is for views of 224, so smaller ones may want less. ValueError for
+    impossible values.
     """
 
-    def __init__(self, erasing=0.0, blur_sigma=(0.1, 2.0), strengths=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8,
-                 grayscale_p=0.2, flip_p=0.5, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    def __init__(self, erasing=0.0, blur_sigma=(0.1, 2.0)):
         super().__init__()
         _check_ranges(blur_sigma=blur_sigma)
-        _check_strengths(strengths)
         if not 0 <= erasing <= 1:
             raise ValueError(f"erasing must be a probability, got {erasing}")
 
@@ -441,12 +440,12 @@ class MultiCropAugmentation(torch.nn.Module):
             return (torch.empty(count).uniform_(*blur_sigma, generator=generator),)
 
         self.operations = [
-            Operation(flip_p, partial(torch.flip, dims=(3,))),
-            Operation(jitter_p, jitter, partial(draw_jitter, strengths), hue_place),
-            Operation(grayscale_p, grayscale),
+            Operation(0.5, partial(torch.flip, dims=(3,))),
+            Operation(0.8, jitter, partial(draw_jitter, (0.4, 0.4, 0.2, 0.1)), hue_place),
+            Operation(0.2, grayscale),
             Operation((1.0, 0.1, 0.5), gaussian_blur, draw_sigma),
             Operation((0.0, 0.2, 0.0), solarize),
-            Operation(1.0, partial(normalize, mean=mean, std=std)),
+            Operation(1.0, partial(normalize, mean=IMAGENET_MEAN, std=IMAGENET_STD)),
             Operation((erasing, 0.0, 0.0), erase, draw_erased),
         ]
 
@@ -485,11 +484,6 @@ def _check_ranges(**ranges):
     for name, bounds in ranges.items():
         if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
             raise ValueError(f"{name} must be 0 < low <= high, got {bounds}")
-
-
-def _check_strengths(strengths):
-    if len(strengths) != 4 or min(strengths) < 0 or strengths[HUE] > 0.5:
-        raise ValueError(f"strengths of the jitter must be four, >= 0, hue's at most 0.5, got {strengths}")
 
 
 def _check_images(name, images, shape):

@@ -76,10 +76,8 @@ def load_backbone(path, checkpoint_key=None, arch=None, patch_size=None, image_s
     built_size = description.image_size
     if arch.startswith("timm/"):  # its position embeddings are those of the file, or of timm's training
         built_size = known.get("image_size", usual["image_size"])
-    try:
+    with utils.user_errors():
         backbone = build_backbone(arch, description.patch_size or 16, built_size, drop_path_rate)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     if "patch_size" in given and arch not in VIT_ARCHS:
         raise UserError(f"--patch_size has no meaning for {arch}; leave it out")
     if weights:

@@ -29,22 +29,23 @@ TREE, RING = (4.4e-6, 1.2e-6, 8.5e-6), (10.0e-6, 1.9e-6, 4.0e-6)  # NCCL's laten
 
 # A collective is (kind, bytes of the tensor that every rank holds at its end).
 
-def ours(world: int, dim: int, gram: bool, n=IMAGES, u=TEACHER) -> list[tuple[str, int]]:
-    """The objective over teacher and student, forward and backward; n images a rank, u teacher views."""
+def ours(world: int, dim: int, gram: bool) -> list[tuple[str, int]]:
+    """The objective over teacher and student, forward and backward."""
+    n, u = IMAGES, TEACHER
     sums = 4 * (3 + (2 * u + 1) * (dim + dim * dim))  # count, two positive moments; sums and Gram matrices
     if gram:
         return [("all_reduce", sums)] * 2
     return [("all_reduce", 8 * world), ("all_reduce", 4 * u * world * n * dim), *[("all_reduce", 20)] * 2]
 
 
-def gathered(world: int, dim: int, n=IMAGES) -> list[tuple[str, int]]:
+def gathered(world: int, dim: int) -> list[tuple[str, int]]:
     """SimCLR's loss of two views as lightly has it: embeddings gathered, their gradients reduced."""
-    return [*[("all_gather", 4 * world * n * dim)] * 2, *[("all_reduce", 4 * world * n * dim)] * 2]
+    return [(kind, 4 * world * IMAGES * dim) for kind in ("all_gather", "all_reduce") for _ in range(2)]
 
 
-def queue(world: int, dim: int, n=IMAGES) -> list[tuple[str, int]]:
+def queue(world: int, dim: int) -> list[tuple[str, int]]:
     """MoCo v2: keys gathered for the queue; no gradient. (Its shuffled batch norm gathers images as well.)"""
-    return [("all_gather", 4 * world * n * dim)]
+    return [("all_gather", 4 * world * IMAGES * dim)]
 
 
 def seconds(collectives, world: int) -> float:

@@ -432,7 +432,7 @@ def test_views_do_not_depend_on_the_number_of_ranks():
     (ours.SimCLRAugmentation, "scale", (0, 1)), (ours.SimCLRAugmentation, "size", 0),
     (ours.SimCLRAugmentation, "strengths", (0.4, 0.4, 0.4)),
     (ours.SimCLRAugmentation, "strengths", (0.4, 0.4, 0.4, 0.6)),
-    (ours.MultiCropAugmentation, "strengths", (-0.1, 0.4, 0.4, 0.1)),
+    (ours.SimCLRAugmentation, "strengths", (-0.1, 0.4, 0.4, 0.1)),
     (ours.MultiCropAugmentation, "blur_sigma", (2, 1)), (ours.MultiCropAugmentation, "erasing", 1.5),
     (ours.MultiCrop, "local_scale", (0.4, 0.1)), (ours.MultiCrop, "local_size", 4097),
     (ours.MultiCrop, "local_number", -1), (ours.MultiCrop, "global_number", 1)])
