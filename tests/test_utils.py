@@ -38,7 +38,7 @@ def end(tmp_path_factory):
 
 
 def raises(error):
-    def main(*args):
+    def main(*args, **kwargs):
         raise error
     return main
 
