@@ -127,7 +127,6 @@ def draw_summary(rows, accuracies):
         axis.set_title(title, fontsize=10)
         axis.set(xlabel="batch size (images)")
         axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
     return figure
 
 
@@ -297,16 +296,14 @@ def main(argv=None):
     tables = {name: read(args.folder / f"{TABLES.get(name, name)}.csv") for name in PICTURES}
     if not any(tables.values()):
         raise utils.UserError(f"no table in {args.folder}, such as batch_size.csv; run study.py first")
-    for name, rows in tables.items():
-        if rows:
-            figure, path = PICTURES[name](rows), args.folder / f"{name}.{args.format}"
-            for axis in figure.axes:
-                axis.grid(alpha=0.3)
-            figure.savefig(path, dpi=150)
-            print(path)
-    if tables["bias"] and tables["hard_batch"]:
-        path = args.folder / f"summary.{args.format}"
-        draw_summary(tables["bias"], tables["hard_batch"]).savefig(path, dpi=150)
+    figures = {name: PICTURES[name](rows) for name, rows in tables.items() if rows}
+    if {"bias", "hard_batch"} <= figures.keys():
+        figures["summary"] = draw_summary(tables["bias"], tables["hard_batch"])
+    for name, figure in figures.items():
+        for axis in figure.axes:
+            axis.grid(alpha=0.3)
+        path = args.folder / f"{name}.{args.format}"
+        figure.savefig(path, dpi=150)
         print(path)
 
 
