@@ -102,7 +102,7 @@ def read_features(folder):
             raise
         except Exception:  # torch.load raises half a dozen types for damaged files
             tensor = None
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0:
             raise utils.UserError(f"{path} is damaged or no tensor; write it again with --dump_features")
         yield tensor
 

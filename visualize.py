@@ -46,6 +46,7 @@ import textwrap  # noqa: E402
 import matplotlib  # noqa: E402
 import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from timm.layers import to_2tuple  # noqa: E402
 
 import data  # noqa: E402
 import distributed  # noqa: E402
@@ -77,14 +78,18 @@ def last_attention(backbone, images):
 
 @torch.inference_mode()
 def patch_features(backbone, images):
-    """Patch tokens of a ViT, or the last feature map: images [B, 3, S, S] -> [B, h, w, D]."""
+    """Patch tokens of a ViT, or the last feature map: images [B, 3, S, S] -> [B, h, w, D]. UserError for a
+    network that has neither."""
     if isinstance(backbone, ResNet):
         return torch.nn.Sequential(*list(backbone)[:-2])(images).movedim(1, -1)
     features = backbone.forward_features(images)
-    if features.dim() == 4:
+    if isinstance(features, torch.Tensor) and features.dim() == 4:
         return features if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else features.movedim(1, -1)
-    tokens = features[:, backbone.num_prefix_tokens:]  # [B, h * w, D]
-    return tokens.unflatten(1, (math.isqrt(tokens.shape[1]), -1))
+    if isinstance(features, torch.Tensor) and features.dim() == 3:
+        tokens = features[:, getattr(backbone, "num_prefix_tokens", 0):]  # [B, h * w, D]
+        if (side := math.isqrt(tokens.shape[1])) ** 2 == tokens.shape[1]:
+            return tokens.unflatten(1, (side, side))
+    raise UserError("this network's features are no grid of patches; draw map")
 
 
 def principal_components(rows, count):
@@ -113,7 +118,7 @@ def image_grid(rows, title):
 def image_picture(args, backbone, description, device):
     """The figure of attention or patches."""
     size = args.resolution or description.image_size
-    patch = backbone.patch_embed.patch_size[0] if hasattr(backbone, "patch_embed") else 1
+    patch = to_2tuple(getattr(getattr(backbone, "patch_embed", None), "patch_size", 1))[0]
     if size % patch:
         raise UserError(f"--resolution {size} is no multiple of the patch size {patch}")
     transform = data.eval_transform(size, description.mean, description.std)
@@ -166,7 +171,7 @@ def map_picture(args, backbone, description, device):
             from sklearn.manifold import TSNE
         except ImportError as error:
             raise UserError("--method tsne needs scikit-learn; install it, or take pca") from error
-        tsne = TSNE(init="pca", perplexity=min(30, (len(features) - 1) / 3), random_state=args.seed)
+        tsne = TSNE(init="pca", perplexity=min(30, (len(features) - 1) / 3), random_state=args.seed % 2**32)
         points, title = tsne.fit_transform(features.numpy()), "t-SNE"
         axis.set(xticks=(), yticks=())
     else:

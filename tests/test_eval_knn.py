@@ -184,7 +184,8 @@ def test_dumps_round_trip(checkpoint, images, tmp_path):
     load, features = ["--load_features", str(dumps)], dumps / "testfeat.pth"
     for one, two in zip(records, run([*load, "--device", "cpu"], tmp_path / "two"), strict=True):
         assert all(one[name] == two[name] for name in ("k", "temperature", "top1", "top5", "train_images"))
-    for content, message in ((torch.zeros(3, 5), str(dumps)), ({}, "testfeat.pth is damaged or no tensor")):
+    damaged = "testfeat.pth is damaged or no tensor"
+    for content, message in ((torch.zeros(3, 5), str(dumps)), ({}, damaged), (torch.tensor(1.0), damaged)):
         torch.save(content, features)
         assert message in refused(load)
     features.write_bytes(b"junk")

@@ -1,4 +1,6 @@
 """visualize.py: the values behind its pictures, and the pictures' parts."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -64,6 +66,23 @@ def test_patch_features_of_any_network(arch, shape):
     else:                                                              # whose mean is the feature
         torch.testing.assert_close(features.mean((1, 2)), backbone(images), rtol=1e-4, atol=1e-5)
         assert "no attention of a class token" in refusal(visualize.last_attention, backbone, images)
+
+
+def test_tokens_of_other_networks_are_a_grid_or_an_error():
+    def network(features, **more):
+        return SimpleNamespace(forward_features=lambda images: features, **more)
+    tokens = torch.arange(18.0).view(1, 9, 2)
+    assert torch.equal(visualize.patch_features(network(tokens), None), tokens.view(1, 3, 3, 2))  # a mixer's
+    for features in (tokens[:, :8], tokens[0], [tokens]):
+        with pytest.raises(UserError, match="no grid of patches; draw map"):
+            visualize.patch_features(network(features), None)
+
+
+@pytest.mark.parametrize("patch_embed", [SimpleNamespace(patch_size=5), SimpleNamespace(patch_size=(5, 5))])
+def test_the_patch_size_is_a_number_or_a_pair(patch_embed):
+    args = SimpleNamespace(resolution=32)
+    with pytest.raises(UserError, match="32 is no multiple of the patch size 5"):
+        visualize.image_picture(args, SimpleNamespace(patch_embed=patch_embed), None, None)
 
 
 def test_principal_components_with_fixed_signs():
