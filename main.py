@@ -121,7 +121,7 @@ def complete_args(args):
     args.rand_augment = None if args.rand_augment == "none" else args.rand_augment
     utils.check_range(args, "global_crops_scale", 1)
     utils.check_range(args, "local_crops_scale", 1)
-    utils.check_range(args, "blur_sigma")
+    utils.check_range(args, "blur_sigma", 1000)
     if bool(args.knn_every) != bool(args.knn_data_path):
         raise UserError("--knn_every and --knn_data_path need each other; give both")
     return args

@@ -153,12 +153,11 @@ def refuse(args: argparse.Namespace, names, why: str) -> None:
         raise UserError(f"{', '.join(given)} cannot be used {why}; leave it out")
 
 
-def check_range(args: argparse.Namespace, name: str, high: float = math.inf) -> None:
+def check_range(args: argparse.Namespace, name: str, high: float) -> None:
     """UserError unless the two numbers of the flag are 0 < MIN <= MAX <= high."""
     first, last = getattr(args, name)
     if not 0 < first <= last <= high:
-        limit = f" <= {high:g}" if high < math.inf else ""
-        raise UserError(f"--{name} needs 0 < MIN <= MAX{limit}, got {first} {last}")
+        raise UserError(f"--{name} needs 0 < MIN <= MAX <= {high:g}, got {first} {last}")
 
 
 def plain(args: argparse.Namespace) -> dict:

@@ -294,6 +294,7 @@ def test_help_does_not_import_torch():
     ("--local_crops_size 20", "vit_tiny takes no crops of 20 pixels: "),
     ("--arch timm/mixer_s32_224", "timm/mixer_s32_224 takes no crops of"),
     ("--global_crops_scale 0.9 0.1", "--global_crops_scale needs 0 < MIN <= MAX <= 1"),
+    ("--blur_sigma 0.1 inf", "--blur_sigma needs 0 < MIN <= MAX <= 1000"),
     ("--rand_augment strong", "timm knows no RandAugment 'strong'"),
     ("--knn_every 1", "--knn_every and --knn_data_path need each other"),
     ("--device cuda", "device 'cuda' is not available here")])
