@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import threading
 
 import auccl_loss
 import pytest
@@ -54,7 +55,9 @@ def driver(images, tmp_path, monkeypatch):
 
 
 def test_a_study_gives_a_row_per_epoch_and_linear_accuracy_in_the_last(driver):
+    threads = threading.enumerate()
     rows = driver("--keep_checkpoints")
+    assert not [left for left in threading.enumerate() if "Writer" in repr(left) and left not in threads]
     assert [row["epoch"] for row in rows] == 2 * ["-1", "0", "1"]
     assert [row["loss"] for row in rows] == 3 * ["AUCCLLoss"] + 3 * ["ClosedForm"]
     assert [bool(row["linear"]) for row in rows] == 2 * [False, False, True] and float(rows[2]["linear"]) > 30
