@@ -74,15 +74,14 @@ def test_tokens_of_other_networks_are_a_grid_or_an_error():
     tokens = torch.arange(18.0).view(1, 9, 2)
     assert torch.equal(visualize.patch_features(network(tokens), None), tokens.view(1, 3, 3, 2))  # a mixer's
     for features in (tokens[:, :8], tokens[0], [tokens]):
-        with pytest.raises(UserError, match="no grid of patches; draw map"):
-            visualize.patch_features(network(features), None)
+        assert "no grid of patches; draw map" in refusal(visualize.patch_features, network(features), None)
 
 
 @pytest.mark.parametrize("patch_embed", [SimpleNamespace(patch_size=5), SimpleNamespace(patch_size=(5, 5))])
 def test_the_patch_size_is_a_number_or_a_pair(patch_embed):
     args = SimpleNamespace(resolution=32)
-    with pytest.raises(UserError, match="32 is no multiple of the patch size 5"):
-        visualize.image_picture(args, SimpleNamespace(patch_embed=patch_embed), None, None)
+    error = refusal(visualize.image_picture, args, SimpleNamespace(patch_embed=patch_embed), None, None)
+    assert "32 is no multiple of the patch size 5" in error
 
 
 def test_principal_components_with_fixed_signs():
