@@ -20,7 +20,7 @@ import distributed
 import utils
 from utils import UserError
 
-# split is "train" or "test" (stl10: also "unlabeled"); train includes an official validation set.
+# split is "train" or "test", or a value of PRETRAINING; train includes an official validation set.
 DATASETS = {
     "folder": lambda root, split, **_: ClassFolders(split_folder(root, split)),
     "cifar10": lambda root, split, **more: tv.CIFAR10(root, split == "train", **more),
@@ -36,6 +36,7 @@ DATASETS = {
     "caltech101": lambda root, split, **more: _chosen(tv.Caltech101(root, **more), split, lambda n: 30),
     "eurosat": lambda root, split, **more: _chosen(tv.EuroSAT(root, **more), split, lambda n: n * 4 // 5),
 }
+PRETRAINING = {"stl10": "train+unlabeled"}  # splits to train on without labels, where not "train"
 TRAINVAL = {"train": "trainval", "test": "test"}
 BACKGROUND = "white"  # shown through transparent pixels
 UNDECODABLE = OSError, ValueError, SyntaxError, Image.DecompressionBombError
@@ -90,7 +91,7 @@ class ClassFolders:
 
 
 def build_dataset(name: str, root: Path | None, split: str, transform=None, download=False) -> LabelledImages:
-    """The split "train" or "test" (stl10: also "unlabeled") of a data set: a key of DATASETS, or "hfds/NAME"
+    """The split "train", "test" or PRETRAINING[name] of a data set: a key of DATASETS, or "hfds/NAME"
     of the Hugging Face hub. root: for "folder" what holds train/ and test/ (or val/), with class folders.
     download: fetch the set into `root` if it is missing; of several ranks, the first fetches it.
 

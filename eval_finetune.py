@@ -318,8 +318,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = distributed.init_distributed(args.device, args.dist_url)
     utils.set_backends(device, deterministic=True)
-    if args.amp == "auto":  # a resume on other hardware must do the same
-        args.amp = "bf16" if utils.select_amp("auto", device) else "none"
+    utils.settle_amp(args, device)
     with closing(utils.lock_folder(args.output_dir)) if distributed.rank() == 0 else nullcontext():
         train(args, device)
     distributed.leave()

@@ -439,6 +439,7 @@ def evaluate_head(args, backbone: nn.Module, description: pretrained.Description
 def main(argv=None):
     args = parse_args(argv)
     device = distributed.init_distributed(args.device, args.dist_url)
+    utils.settle_amp(args, device)
     utils.set_backends(device, deterministic=True, tf32=False)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     writes = distributed.rank() == 0 and not args.evaluate

@@ -78,7 +78,7 @@ def parse_args(argv=None):
     add("--views", type=utils.number(int, 2, 64), help="global views, with --teacher none (default: 2)")
     add("--global_crops_size", type=utils.pixels, default=224, help="pixels a side of a global view")
     add("--global_crops_scale", **span, default=[0.4, 1.0], help="share of the image's area in a global view")
-    add("--local_crops_number", type=non_negative_int, default=8, help="local views, seen by the student")
+    add("--local_crops_number", type=non_negative_int, default=8, help="local views; with a teacher")
     add("--local_crops_size", type=utils.pixels, default=96, help="pixels a side of a local view")
     add("--local_crops_scale", **span, default=[0.05, 0.4], help="share of the image's area in a local view")
     add("--blur_sigma", **span, default=[0.1, 2.0], help="standard deviation of the blur, in pixels")
@@ -139,7 +139,8 @@ from torch.utils.data import DataLoader, Dataset  # noqa: E402
 import distributed  # noqa: E402
 from augmentations import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, MultiCropAugmentation  # noqa: E402
 from cifar.curves import draw_curves  # noqa: E402
-from data import build_dataset, build_splits, eval_transform, image_files, load_image  # noqa: E402
+from data import (PRETRAINING, build_dataset, build_splits, eval_transform, image_files,  # noqa: E402
+                  load_image)
 from eval_knn import knn_accuracy  # noqa: E402
 from pretrained import Description, export_backbone, extract_features, init_backbones  # noqa: E402
 from vision_transformer import (VIT_ARCHS, MultiCropNet, ProjectionHead, build_backbone,  # noqa: E402
@@ -156,7 +157,8 @@ class MultiCropImages(Dataset):
                               args.local_crops_scale, args.local_crops_number, args.rand_augment, args.views)
         self.folder, self.skip_bad = args.data_path, args.skip_bad_images
         if args.dataset:
-            self.source = build_dataset(args.dataset, self.folder, "train", download=args.download)
+            split = PRETRAINING.get(args.dataset, "train")
+            self.source = build_dataset(args.dataset, self.folder, split, download=args.download)
         elif (self.folder / "train").exists() and {"val", "test"} & {*os.listdir(self.folder)}:
             raise UserError(f"{self.folder} holds test images too; give --data_path {self.folder / 'train'}")
         else:
@@ -424,8 +426,7 @@ def evaluate(run):
 def main(argv=None):
     args = parse_args(argv)
     device = distributed.init_distributed(args.device, args.dist_url)
-    if args.amp == "auto":  # a resume on other hardware must do the same
-        args.amp = "bf16" if utils.select_amp("auto", device) else "none"
+    utils.settle_amp(args, device)
     criterion = utils.build_criterion(args)
     with closing(utils.lock_folder(args.output_dir)) if distributed.rank() == 0 else nullcontext():
         train(args, device, criterion)

@@ -286,6 +286,12 @@ def select_amp(name: str, device):
     return torch.bfloat16 if native or name == "bf16" else None
 
 
+def settle_amp(args: argparse.Namespace, device) -> None:
+    """Replaces `--amp auto` by what it is here: a resume on other hardware must do the same."""
+    if args.amp == "auto":
+        args.amp = "bf16" if select_amp("auto", device) else "none"
+
+
 def autocast(device, dtype):
     """torch.autocast in `dtype`; None for full precision."""
     import torch

@@ -10,7 +10,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor
 
 from cifar.shapes import draw_shapes
-from data import build_dataset, build_splits
+from data import PRETRAINING, build_dataset, build_splits
 from utils import UserError
 
 NATIVE_SIZE = {"stl10": 96}  # pixels; 32 elsewhere
@@ -40,8 +40,8 @@ def load_data(name: str, path: Path | None, size: int | None = None) -> ImageDat
     if len(test) < 2:
         raise UserError(f"the test set has {len(test)} image; the AUC of its pairs needs at least two")
     bank = images, _ = decode(train, size)
-    if name == "stl10":
-        images = torch.cat([decode(build_dataset(name, path, "unlabeled"), size)[0], images])
+    if name in PRETRAINING:
+        images, _ = decode(build_dataset(name, path, PRETRAINING[name]), size)
     return ImageData(images, *bank, *decode(test, size))
 
 

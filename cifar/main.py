@@ -267,7 +267,7 @@ def train(args, data: ImageData | None = None, criterion: torch.nn.Module | None
         as criterion(z0, z1, ...) and has, like AUCCLLoss, `param_groups(lr)` for its own parameters, if any,
         and after a call `means`, the mean positive and negative score.
     """
-    distributed.init_distributed(args.device)
+    utils.settle_amp(args, distributed.init_distributed(args.device))
     if distributed.world_size() > 1:
         raise UserError("cifar/main.py trains on one device; start it without a launcher")
     criterion = criterion or utils.build_criterion(args)

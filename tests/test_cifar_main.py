@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import data
 import interrupt
+import main as multi_crop
 import matplotlib.pyplot as plt  # here lest every forked run imports it
 import numpy as np
 import pytest
@@ -84,6 +85,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     assert Image.open(output / "curves.png").size[0] > 1000 and list((output / "tensorboard").iterdir())
     state = torch.load(output / "checkpoint.pth", weights_only=True)
     assert state["epoch"] == 3 and {key.split(".")[0] for key in state["student"]} == {"backbone", "head"}
+    assert state["args"]["amp"] in ("bf16", "none")  # what auto was: a resume elsewhere must do the same
     assert state["args"]["batch_size"] == 5 and not list(output.glob("*partial*"))
 
 
@@ -210,19 +212,22 @@ def test_the_auc_is_over_all_classes(images, tmp_path, monkeypatch):
 
 def test_stl10_trains_on_its_unlabelled_images_too(monkeypatch, tmp_path):
     class Standin:
-        """Two images, whose grey tells their split."""
-        classes, targets = ["cat", "dog"], [0, 1]
+        """Images whose grey tells their split."""
+        classes = ["cat", "dog"]
 
         def __init__(self, root, split, download=False):
-            self.grey = {"train": 0, "test": 50, "unlabeled": 100}[split]
+            self.greys = {"train": (0, 1), "test": (50, 51), "train+unlabeled": (0, 1, 100, 101)}[split]
+            self.labels = [grey % 50 if grey < 100 else -1 for grey in self.greys]
 
         def __getitem__(self, index):
-            return Image.new("RGB", (96, 96), 3 * (self.grey + index,)), index
+            return Image.new("RGB", (96, 96), 3 * (self.greys[index],)), self.labels[index]
 
     monkeypatch.setattr(data.tv, "STL10", Standin)
+    args = multi_crop.parse_args(["--dataset", "stl10", "--data_path", str(tmp_path)])
+    assert len(multi_crop.MultiCropImages(args)) == 4
     loaded = load_data("stl10", tmp_path)
     greys = [part[:, 0, 0, 0].tolist() for part in (loaded.train, loaded.bank, loaded.test)]
-    assert greys == [[100, 101, 0, 1], [0, 1], [50, 51]] and loaded.test.shape == (2, 3, 96, 96)
+    assert greys == [[0, 1, 100, 101], [0, 1], [50, 51]] and loaded.test.shape == (2, 3, 96, 96)
     assert loaded.bank_labels.tolist() == loaded.test_labels.tolist() == [0, 1]
 
 
