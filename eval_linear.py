@@ -259,7 +259,7 @@ def hold_out(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return fit, held
 
 
-def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
+def equal_batches(count: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
     """All `count` indices in the epoch's random order, in batches whose sizes differ by at most one: of at
     most `batch_size` images over all ranks, and at least one for each rank."""
     generator = torch.Generator().manual_seed(utils.stream_seed(seed, ORDER, epoch))
@@ -391,7 +391,7 @@ def train_heads(args, backbone: nn.Module, description: pretrained.Description, 
         if args.solver == "lbfgs":
             losses = fit_heads(grid, candidates, *fit_set)
         else:
-            rows = epoch_batches(len(fit), batch_size, args.seed, epoch)
+            rows = equal_batches(len(fit), batch_size, args.seed, epoch)
             if cached:
                 batches = ((*(part[distributed.share(row)] for part in fit_set), len(row)) for row in rows)
             else:

@@ -316,7 +316,7 @@ def train_one_epoch(run, log, save, interruption):
         micro_batches = [next(batches) for _ in range(args.accum_iter)]
         waited = time.monotonic() - started
         momentum = set_schedules(run)
-        torch.manual_seed(utils.stream_seed(args.seed, rank, run.epoch, step))  # of stochastic depth
+        torch.manual_seed(utils.stream_seed(args.seed, run.epoch, step, 0, rank))  # of stochastic depth
         run.optimizer.zero_grad()
         means, skipped = torch.zeros(3, device=run.device), 0
         for number, (crops, replaced) in enumerate(micro_batches, 1):

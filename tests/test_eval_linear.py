@@ -125,11 +125,11 @@ def test_subsets_are_balanced_and_seeded(shots, fraction, counts):
     (100, 32, 1, 4), (100, 32, 2, 4), (3, 256, 2, 1), (5, 4, 4, 1)])
 def test_batches_hold_every_image_once_and_leave_no_rank_without(count, size, world, steps, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: world)
-    batches = eval_linear.epoch_batches(count, size, seed=5, epoch=3)
+    batches = eval_linear.equal_batches(count, size, seed=5, epoch=3)
     sizes = [len(batch) for batch in batches]
     assert len(sizes) == steps and min(sizes) >= world and max(sizes) - min(sizes) <= 1
     assert torch.cat(batches).sort().values.tolist() == list(range(count))
-    assert not torch.equal(torch.cat(batches), torch.cat(eval_linear.epoch_batches(count, size, 5, epoch=4)))
+    assert not torch.equal(torch.cat(batches), torch.cat(eval_linear.equal_batches(count, size, 5, epoch=4)))
 
 
 def test_labels_and_classes_must_agree():
