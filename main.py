@@ -111,6 +111,9 @@ def complete_args(args):
     args.amp = args.amp or "auto"
     if args.teacher == "ema":
         utils.refuse(args, ("views",), "with a teacher, which sees two; use --local_crops_number")
+        if args.preset == "poster":
+            raise UserError("--preset poster is for symmetric views: a student that faces a teacher would "
+                            "collapse; add --teacher none")
     args.views = args.views or 2
     if args.teacher == "none":
         args.local_crops_number = 0

@@ -288,6 +288,7 @@ def test_help_does_not_import_torch():
     ("--batch_size_per_gpu 1", "--batch_size_per_gpu: must be a whole number from 2"),
     ("--preset released-imagenet --teacher none", "leave --teacher none out"),
     ("--views 4", "--views cannot be used with a teacher"),
+    ("--preset poster", "would collapse; add --teacher none"),
     ("--use_fp16 true", "--amp cannot be used with --use_fp16"),
     ("--arch vit_smal", "unknown arch 'vit_smal'; choose from vit_tiny"),
     ("--global_crops_size 20", "20 is no multiple of the patch size 8"),
