@@ -25,7 +25,7 @@ ACCURACIES = {"test_acc@1": "k-NN", "linear": "linear probe"}
 
 # colour, marker, dashes: any one of them tells two lines apart, so that the pictures read in black and white
 STYLES = (("black", "o", "-"), ("tab:red", "s", "--"), ("tab:blue", "^", "-."), ("tab:green", "D", ":"),
-          ("tab:purple", "v", (0, (5, 1))), ("tab:brown", "x", (0, (3, 1, 1, 1))),
+          ("tab:purple", "v", (0, (5, 1))), ("tab:brown", "X", (0, (3, 1, 1, 1))),
           ("tab:gray", "P", (0, (1, 1))), ("tab:orange", "*", (0, (7, 2))))
 
 
@@ -284,7 +284,7 @@ def growth(points) -> float | None:
 PICTURES = {"batch_size": draw_batch_size, "convergence": draw_convergence, "all_images": draw_all_images,
             "ablation": draw_ablation, "trajectories": draw_trajectories, "bias": draw_bias,
             "objective": draw_objective, "hard": draw_seeds, "long": draw_seeds, "views": draw_views,
-            "hard_batch": draw_batch_size, "hard_small": draw_batch_size}
+            "hard_batch": draw_batch_size}
 TABLES = {"trajectories": "ablation"}  # picture -> its table, where it is called otherwise
 
 
