@@ -443,9 +443,9 @@ def test_the_released_objective_and_its_temperature(images, tmp_path):
     assert step(run) > 50                                                          # (h - 10)^2 with h near 0
 
 
-@pytest.mark.parametrize("preset", ["hard", "quartic", "poster"])
-def test_every_preset_starts_with_a_checkpoint(images, tmp_path, preset):
-    run = make_run(images, tmp_path, "--preset", preset)
+@pytest.mark.parametrize("arguments", ["hard", "quartic", "poster --teacher none"])
+def test_every_preset_starts_with_a_checkpoint(images, tmp_path, arguments):
+    run = make_run(images, tmp_path, "--preset", *arguments.split())
     before = run.state_dict()
     step(run)
     run.load_state_dict(before, tmp_path)
