@@ -150,7 +150,7 @@ def hard_negatives() -> list[Config]:
 
 
 def fourth_moment(weight=80, nu=8, **options):
-    """The preset quartic with other settings: loss, options, flags."""
+    """(3), by default with the margin 1 (the preset quartic has 2): loss, options, flags."""
     options = {"weight": weight, "negative_weight": float(nu), **options}
     return "FourthMoment", options, ALIKE | {"weights_lr": 1e-3}
 
@@ -199,11 +199,11 @@ def large_batch() -> list[Config]:
 
 
 def more_epochs() -> list[Config]:
-    """The preset quartic in longer training: a and alpha fall from 1, so that its negatives weigh more and
-    more, unless all are held, or a margin of 2 keeps a + alpha where it starts. To choose by --held_out."""
-    runs = {"DCL": HARD["DCL"], "NT-Xent": HARD["NT-Xent"], "quartic": fourth_moment(),
-            "all held": fourth_moment(learn=()), "margin 2": fourth_moment(margin=2.0),
-            "nu 4, rho 40": fourth_moment(40, 4)}
+    """(3) in longer training: a + alpha falls from 2 to the margin 1, so that negatives weigh more and more,
+    unless all are held, or the margin is 2, as in the preset quartic. To choose by --held_out."""
+    runs = {"DCL": HARD["DCL"], "NT-Xent": HARD["NT-Xent"], "margin 1": fourth_moment(),
+            "margin 1, all held": fourth_moment(learn=()), "margin 2": fourth_moment(margin=2.0),
+            "margin 1, nu 4, rho 40": fourth_moment(40, 4)}
     return seeded([Config(name, flags, loss, options) for name, (loss, options, flags) in runs.items()], 0, 1)
 
 

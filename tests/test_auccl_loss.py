@@ -393,7 +393,7 @@ def test_degenerate_embeddings_stay_finite(form, preset, n, kind):
         assert (y.grad[..., 0, :] == 0).all()  # a zero row has no direction to improve
     if kind == "equal":
         # nu (1 - b)^2 + rho + 2 alpha m - alpha^2
-        expected = criterion.negative_weight + criterion.fourth_moment + 2 - 1
+        expected = criterion.negative_weight + criterion.fourth_moment + 2 * criterion.margin - 1
         assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
