@@ -42,33 +42,34 @@ def test_whitened_features_have_the_banks_statistics():
 
 def test_features_do_not_tell_an_image_from_its_mirror_image(images, one_thread):
     torch.manual_seed(0)
-    backbone = speedrun.build_backbone(images).eval()
+    backbone = speedrun.Backbone(images).eval()
     features = speedrun.extract(backbone, images, CPU, None)
-    assert features.shape == (64, speedrun.WIDTHS[-1])
+    assert features.shape == (64, sum(speedrun.WIDTHS))
     assert_close(speedrun.extract(backbone, images.flip(3), CPU, None), features)
-    single = F.normalize(backbone(normalize(images[:1], CIFAR_MEAN, CIFAR_STD)), dim=1)
-    mirrored = F.normalize(backbone(normalize(images[:1].flip(3), CIFAR_MEAN, CIFAR_STD)), dim=1)
-    assert_close(features[:1], single + mirrored, rtol=1e-4, atol=1e-5)
+    image = normalize(images[:1], CIFAR_MEAN, CIFAR_STD)
+    stages = features[:1].split(speedrun.WIDTHS, dim=1)
+    for stage, x, y in zip(stages, backbone(image), backbone(image.flip(3)), strict=True):
+        assert_close(stage, x / x.norm() + y / y.norm(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_trains_all_but_the_first_layer_and_repeats(tmp_path, monkeypatch, one_thread):
     folder = write_noise(tmp_path / "images", {"train": 12, "test": 5})
     for name, value in {"BATCH": 8, "WIDTHS": (8, 8, 12), "PROJECTOR": (16, 8), "K": 5}.items():
         monkeypatch.setattr(speedrun, name, value)
-    kept, build = [], speedrun.build_backbone
+    kept, build = [], speedrun.Backbone
 
     def remember(images):
         network = build(images)
         kept.append((network, {name: value.clone() for name, value in network.state_dict().items()}))
         return network
-    monkeypatch.setattr(speedrun, "build_backbone", remember)
+    monkeypatch.setattr(speedrun, "Backbone", remember)
     for _ in range(2):
         speedrun.main(["--dataset", "folder", "--data_path", str(folder), "--epochs", "2", "--device", "cpu",
                        "--output", str(tmp_path / "results.jsonl")])
     (first, before), (second, _) = kept
     assert_same(first.state_dict(), second.state_dict())
     changed = {name for name, value in first.named_parameters() if not torch.equal(value, before[name])}
-    assert changed == set(before) & {name for name, _ in first.named_parameters()} - {"0.weight"}
+    assert changed == set(before) & {name for name, _ in first.named_parameters()} - {"stem.0.weight"}
     short = ["--dataset", "folder", "--data_path", str(folder), "--epochs", "0.1", "--device", "cpu"]
     assert "0.1 epochs of 24 images are no step of 8" in refusal(speedrun.main, short)
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
