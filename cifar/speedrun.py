@@ -43,7 +43,7 @@ def parse_args(argv=None):
     add("--dataset", default="cifar10", choices=("cifar10", "folder"), help="folder: class folders")
     add("--data_path", type=utils.path, default=Path(__file__).resolve().parent / "datasets",
         help="root of CIFAR-10, or the folder with train/ and test/")
-    add("--epochs", type=utils.positive_float, default=20.0, help="passes over the training images")
+    add("--epochs", type=utils.positive_float, default=18.0, help="passes over the training images")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--seed", type=utils.non_negative_int, default=0, help="seed of weights, order and views")
     add("--output", type=utils.path, help="file that the result is added to, as a line of JSON")
