@@ -202,7 +202,7 @@ def more_epochs() -> list[Config]:
     """(3) in longer training: a + alpha falls from 2 to the margin 1, so that negatives weigh more and more,
     unless all are held, or the margin is 2, as in the preset quartic. To choose by --held_out."""
     runs = {"DCL": HARD["DCL"], "NT-Xent": HARD["NT-Xent"], "margin 1": fourth_moment(),
-            "margin 1, all held": fourth_moment(learn=()), "margin 2": fourth_moment(margin=2.0),
+            "all held": fourth_moment(learn=()), "margin 2": fourth_moment(margin=2.0),
             "margin 1, nu 4, rho 40": fourth_moment(40, 4)}
     return seeded([Config(name, flags, loss, options) for name, (loss, options, flags) in runs.items()], 0, 1)
 
