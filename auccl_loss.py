@@ -560,8 +560,8 @@ PRESETS = {
     "paper": AUCCLLoss,
     # (2); not from the paper. b is held at 0: one that follows E-[h] lets all embeddings share a direction.
     "hard": partial(AUCCLLoss, temperature=0.1, negative_weight=8.0, learn=("a", "alpha")),
-    # (3); not from the paper either. The pull on positives, a + alpha, starts at 2 and tends to m + b:
-    # with a margin of 2 it stays, with 1 the negatives would weigh ever more in long training.
+    # (3); not from the paper either. A positive is pulled by 2 (a + alpha - h), and a + alpha goes from 2 to
+    # m + b: the margin 2 keeps it, 1 would halve it in long training.
     "quartic": partial(AUCCLLoss, margin=2.0, negative_weight=8.0, fourth_moment=80.0),
     "poster": partial(AUCCLLoss, negative_weight="sum", margin_negative_weight="sum", learn=("b", "alpha")),
     "released-cifar": partial(ReleasedCIFARLoss, a=10.0, learn=("b",), gather=False),

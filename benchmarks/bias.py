@@ -46,7 +46,7 @@ VIEWS, CUTS, DRAWS = 101, 102, 103  # random streams
 LOSSES = {  # name -> the loss for a population, AUC-CL's weights at its saddle
     "AUC-CL": lambda population: AUCCLLoss(**population.saddle(), learn=()),
     "AUC-CL hard": lambda population: population.hard(),
-    "AUC-CL quartic": lambda population: AUCCLLoss.preset("quartic", **population.saddle(2), learn=()),
+    "AUC-CL quartic": lambda population: AUCCLLoss.preset("quartic", **population.saddle(margin=2), learn=()),
     "AUC-CL, a b alpha from the batch": lambda population: build_loss("ClosedForm"),
     "DCL, T = 0.1": lambda population: build_loss("DCLLoss", temperature=0.1),
     "NT-Xent, T = 0.1": lambda population: build_loss("NTXentLoss", temperature=0.1),
@@ -65,7 +65,7 @@ class Population:
         self.z = self.outputs.detach()
 
     def saddle(self, margin=1) -> dict:
-        """a, b, alpha where descent-ascent settles."""
+        """a, b, alpha where descent-ascent settles with this margin."""
         moments = symmetric_moments(*unit_rows(self.z))
         a, b = moments.positive_mean.item(), moments.negative_mean.item()
         return {"a": a, "b": b, "alpha": margin - a + b}

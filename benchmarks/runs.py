@@ -121,8 +121,8 @@ def all_images() -> list[Config]:
             Config("AUC-CL, 2048-1024, a b alpha held", held(AUC_CL | wide))]
 
 
-# AUC-CL with hard negatives (presets whose settings were chosen on training images) and the softmax losses,
-# alike but for the loss: name -> (loss, options, flags).
+# AUC-CL with hard negatives (presets whose settings, but the margin of quartic, were chosen on training
+# images) and the softmax losses, alike but for the loss: name -> (loss, options, flags).
 ALIKE = {"projector": WIDE, "lr": 8e-3}
 HARD = {
     "AUC-CL quartic": ("AUCCLLoss", {}, ALIKE | {"preset": "quartic", "weights_lr": 1e-3}),
@@ -199,7 +199,7 @@ def large_batch() -> list[Config]:
 
 
 def more_epochs() -> list[Config]:
-    """(3) in longer training: a + alpha falls from 2 to the margin 1, so that negatives weigh more and more,
+    """(3) in longer training: a + alpha falls from 2 towards the margin 1, and with it the pull on positives,
     unless all are held, or the margin is 2, as in the preset quartic. To choose by --held_out."""
     runs = {"DCL": HARD["DCL"], "NT-Xent": HARD["NT-Xent"], "margin 1": fourth_moment(),
             "all held": fourth_moment(learn=()), "margin 2": fourth_moment(margin=2.0),
@@ -238,7 +238,7 @@ def variants() -> list[Config]:
     ours = ALIKE | {"weights_lr": 1e-3}
     return seeded([
         *(Config(name, flags, loss, options) for name, (loss, options, flags) in HARD.items()
-          if name != "AUC-CL quartic"),     # the fourth moment, 80, nu 8
+          if name != "AUC-CL quartic"),     # (3) follows, with the margin 1
         *(Config(f"fourth moment {weight}, nu 8", ours, "FourthMoment",
                  {"weight": weight, "negative_weight": 8.0}) for weight in (40, 80)),
         *(Config(f"b held, a and alpha fast, nu {nu}", ours | fast | {"negative_weight": nu})

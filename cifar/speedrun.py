@@ -13,7 +13,7 @@ Accuracy is that of the 10,000 test images by their 200 nearest of all 50,000 tr
    and the backward pass through its largest images.
 2. A ResNet shaped for CPUs: the first layer halves the resolution, wide layers work on few pixels.
 3. The loss is AUC-CL with a fourth moment (preset `quartic`), optimised by Muon, one warm-up and one cosine;
-   for three fifths of the steps on views of 24 instead of 32 pixels a side.
+   the first three fifths of the steps on views of 24 instead of 32 pixels a side.
 4. Features are the pooled outputs of all three stages, of an image and its mirror image, whitened by the
    statistics of the training images (no labels): otherwise a few large components decide which images are
    neighbours.
@@ -32,7 +32,7 @@ VIEWS, BATCH = 2, 256           # views of an image, images per step
 LR, LR_NORMS, LR_WEIGHTS = 8e-3, 4e-3, 1e-3     # of matrices (Muon), of norms and of a, b, alpha
 WARM_UP = 0.1                   # share of the steps
 SMALL, SHARE_SMALL = 24, 0.6    # pixels a side of the views, in the first share of the steps
-WIDTHS = 64, 128, 384           # of the stages, at 16, 8 and 4 pixels a side
+WIDTHS = 64, 128, 384           # of the stages, at 16, 8 and 4 pixels a side of 32
 PROJECTOR = 2048, 256
 K, TEMPERATURE = 200, 0.07
 
@@ -142,13 +142,13 @@ def train(backbone, images, args, device, amp_dtype):
                               "raise --epochs, or add images")
     batches = iter(())
     for step in range(steps):
-        if (batch := next(batches, None)) is None:
+        if (rows := next(batches, None)) is None:
             batches = utils.epoch_batches(len(images), BATCH, args.seed, epoch)
-            batch, epoch = next(batches), epoch + 1
+            rows, epoch = next(batches), epoch + 1
         for group in optimizer.param_groups:
             group["lr"] = utils.cosine_schedule(step, steps, group["peak"], 0.0, round(WARM_UP * steps))
-        batch = images[batch].to(device, non_blocking=True)
-        views = (augment_small if step < SHARE_SMALL * steps else augment)(batch, generator, VIEWS)
+        batch, small = images[rows].to(device, non_blocking=True), step < SHARE_SMALL * steps
+        views = (augment_small if small else augment)(batch, generator, VIEWS)      # V of [B, 3, S, S]
         with utils.autocast(device, amp_dtype):
             embeddings = projector(backbone(torch.cat(views))[-1])                # [V B, D]
         loss = criterion(*embeddings.float().chunk(VIEWS))
@@ -167,7 +167,7 @@ def train(backbone, images, args, device, amp_dtype):
 
 @torch.inference_mode()
 def extract(backbone, images, device, amp_dtype):
-    """Unit features by every stage of an image and its mirror image, added: uint8 [N, 3, S, S] -> [N, F]."""
+    """Every stage's unit features, of an image and its mirror image added: uint8 [N, 3, S, S] -> [N, F]."""
     features = []
     for batch in images.split(500):
         batch = normalize(batch.to(device), CIFAR_MEAN, CIFAR_STD)
@@ -178,7 +178,7 @@ def extract(backbone, images, device, amp_dtype):
 
 
 def whiten(bank, queries):
-    """Both [*, F] less the bank's mean, in the bank's principal components, each of variance 1."""
+    """Both [*, F] less the bank's mean, in its principal components, each scaled to variance 1."""
     mean = bank.mean(0)
     values, vectors = torch.linalg.eigh((bank - mean).T.cov(correction=0).double())
     varies = values > 1e-6 * values[-1]     # few images leave directions without variance

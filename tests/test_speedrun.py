@@ -38,6 +38,9 @@ def test_whitened_features_have_the_banks_statistics():
     inverse, difference = bank.T.cov(correction=0).inverse(), queries[:, None] - bank
     mahalanobis = torch.einsum("qnd,de,qne->qn", difference, inverse, difference).sqrt()
     assert_close(torch.cdist(others, white), mahalanobis, rtol=1e-3, atol=1e-3)
+    few, others = speedrun.whiten(bank[:5], queries)    # vary in 4 directions
+    assert few.shape == (5, 4) and others.shape == (9, 4)
+    assert_close(few.T.cov(correction=0), torch.eye(4), rtol=0, atol=1e-3)
 
 
 def test_features_do_not_tell_an_image_from_its_mirror_image(images, one_thread):
