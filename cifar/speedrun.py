@@ -3,9 +3,9 @@
     python cifar/speedrun.py                                            # CIFAR-10, downloaded if missing
     python cifar/speedrun.py --dataset folder --data_path DIR           # class folders train/ and test/
 
-76.6 % (67.3 % without whitening) in 37 to 52 minutes of one core: seeds 0, 1 and 2 reached 77.0, 76.5 and
-76.3 in 3,142, 2,242 and 2,405 s of CPU time, all included, beside many, few and some other jobs. Intel Xeon
-with AMX, bf16, OMP_NUM_THREADS=1, torch 2.14.1. Trials: results/speedrun.md.
+79.4 % (68.0 % without whitening) in 45 to 46 minutes of one core: seeds 0, 1 and 2 reached 79.6, 79.4 and
+79.1 in 2,667, 2,761 and 2,728 s of CPU time, all included. Intel Xeon with AMX, bf16, OMP_NUM_THREADS=1,
+torch 2.14.1, another job on the other core. Trials: results/speedrun.md.
 
 Accuracy is that of the 10,000 test images by their 200 nearest of all 50,000 training images (T = 0.07).
 
