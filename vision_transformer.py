@@ -7,12 +7,14 @@
 ViTs are timm's with DINO's interface, ResNets are torchvision's, "cifar/NAME" is a ResNet for small images,
 and "timm/NAME" is any other model of timm. Nothing is downloaded.
 """
+import math
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from itertools import groupby, pairwise
 
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -143,7 +145,29 @@ def _small_image_resnet(name: str) -> torchvision.models.ResNet:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # as ResNet does
     network.conv1 = nn.Conv2d(3, network.bn1.num_features, 3, stride, padding=1, bias=False)
     network.maxpool = nn.Identity()
+    for module in network.layer4.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            module.__class__ = SideBySideConv2d  # the same parameters
     return network
+
+
+class SideBySideConv2d(nn.Conv2d):
+    """A 3x3 convolution that lays small images side by side, zeros between them, in bfloat16 on CPUs.
+
+    The results are the same. For outputs up to 4 pixels wide oneDNN takes up to four times as long without,
+    above all for the gradient of the weights. [B, in, H, W] -> [B, out, H / stride, W / stride].
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        stride, width = self.stride[1], x.shape[3]
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or width > 4 * stride:
+            return super().forward(x)
+        n = math.gcd(len(x), 64)                                        # images in a row
+        x = F.pad(x, (0, stride + width % stride))                      # W' = W + padding, a multiple of stride
+        x = x.unflatten(0, (-1, n)).permute(0, 3, 1, 4, 2).flatten(2, 3)    # [B / n, H, n W', in]
+        x = super().forward(x.permute(0, 3, 1, 2))                      # [B / n, out, H / stride, n W' / stride]
+        x = x.unflatten(3, (n, -1))[..., :-1].permute(0, 3, 2, 4, 1).flatten(0, 1)
+        return x.permute(0, 3, 1, 2)
 
 
 class ProjectionHead(nn.Module):

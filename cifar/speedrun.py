@@ -62,7 +62,7 @@ from auccl_loss import AUCCLLoss  # noqa: E402
 from augmentations import CIFAR_MEAN, CIFAR_STD, SimCLRAugmentation, normalize  # noqa: E402
 from cifar.data import load_data  # noqa: E402
 from eval_knn import knn_accuracy  # noqa: E402
-from vision_transformer import mlp_head  # noqa: E402
+from vision_transformer import SideBySideConv2d, mlp_head  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------- network
@@ -84,8 +84,9 @@ class Block(nn.Module):
     def __init__(self, width_in, width, stride):
         super().__init__()
         self.residual = nn.Sequential(
-            nn.Conv2d(width_in, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True),
-            nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width))
+            SideBySideConv2d(width_in, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            SideBySideConv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width))
         self.shortcut = nn.Identity() if width_in == width else nn.Sequential(
             nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 

@@ -9,7 +9,8 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
-from vision_transformer import MultiCropNet, ProjectionHead, build_backbone, convert_sync_batchnorm, mlp_head
+from vision_transformer import (MultiCropNet, ProjectionHead, SideBySideConv2d, build_backbone,
+                                convert_sync_batchnorm, mlp_head)
 
 
 def images(count, height, width=None, seed=0, dtype=torch.float64):
@@ -81,6 +82,26 @@ def test_small_image_resnets_keep_the_resolution(name, embed_dim, stem_stride, p
         assert backbone(torch.empty(2, 3, 32, 32)).shape == (2, embed_dim)
     assert sides == [32 // stem_stride] and backbone.embed_dim == embed_dim
     assert sum(weight.numel() for weight in backbone.parameters()) == pytest.approx(parameters, rel=0.01)
+
+
+@pytest.mark.parametrize("side, stride", [(4, 1), (3, 1), (8, 2), (7, 2), (6, 2)])
+def test_images_side_by_side_do_not_touch(side, stride, monkeypatch):
+    """Outputs and gradients in bfloat16 are those of the plain convolution in float64."""
+    convolution = SideBySideConv2d(8, 16, 3, stride, padding=1, bias=False).bfloat16()
+    x = torch.randn(96, 8, side, side).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    reference, y = x.detach().double().requires_grad_(), convolution(x)
+    weight = convolution.weight.detach().double().requires_grad_()
+    expected = F.conv2d(reference, weight, stride=stride, padding=1)
+    direction = torch.randn_like(expected)
+    y.backward(direction.bfloat16())
+    expected.backward(direction)
+    for ours, theirs in ((y, expected), (x.grad, reference.grad), (convolution.weight.grad, weight.grad)):
+        assert (ours.double() - theirs).norm() < 0.01 * theirs.norm()
+    forward, rows = nn.Conv2d.forward, []
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: rows.append(len(x)) or forward(self, x))
+    convolution(x)
+    assert rows == [3]                                  # of 32 images
+    assert isinstance(build_backbone("cifar/resnet18").layer4[0].conv1, SideBySideConv2d)
 
 
 # A layer after the pooling, and two class tokens.
