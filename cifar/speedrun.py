@@ -32,7 +32,7 @@ VIEWS, BATCH = 2, 256           # views of an image, images per step
 LR, LR_NORMS, LR_WEIGHTS = 8e-3, 4e-3, 1e-3     # of matrices (Muon), of norms and of a, b, alpha
 WARM_UP = 0.1                   # share of the steps
 SMALL, SHARE_SMALL = 24, 0.6    # pixels a side of the views, in the first share of the steps
-WIDTHS = 64, 128, 384           # of the stages, at 16, 8 and 4 pixels a side of 32
+WIDTHS = 96, 192, 512           # of the stages, at 16, 8 and 4 pixels a side of 32
 PROJECTOR = 2048, 256
 K, TEMPERATURE = 200, 0.07
 
