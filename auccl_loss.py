@@ -145,21 +145,22 @@ def teacher_student_moments(teacher: Tensor, student: Tensor, gather: bool = Tru
     """
     (u, n, dim), v = teacher.shape, len(student)
     teacher = teacher.detach()
-    other = 1 - torch.eye(u, v + 1, dtype=teacher.dtype, device=teacher.device)  # 0 for the same view
-    positives = torch.einsum("und,vnd->uvn", teacher, student) * other[:, :v, None]  # [U, V, n]
+    other = 1 - torch.eye(u, v, dtype=teacher.dtype, device=teacher.device)  # [U, V]: 0 for the same view
+    positives = torch.einsum("und,vnd->uvn", teacher, student) * other[:, :, None]  # [U, V, n]
     own = torch.stack([positives.sum(), positives.square().sum()])
 
     if _takes_gram(u * v / (u + v) * n, dim, gather, gram):
-        views = student.tensor_split(tuple(range(1, u + 1)))  # the global views, then all others together
-        sums, grams = map(torch.stack, zip(*(_Sums.apply(x.flatten(0, 1)) for x in views)))
+        # A teacher's view skips one global view, so these are summed one by one; all local views together.
+        parts = *student[:u], student[u:].flatten(0, 1)
+        sums, grams = map(torch.stack, zip(*(_Sums.apply(part) for part in parts)))
         count, own, t_sums, t_grams, s_sums, s_grams = _sum_over_ranks(  # [U, D], [U, D, D]; U + 1 of each
             n, own, teacher.sum(1), teacher.mT @ teacher, sums, grams, gather=gather)
-        other = other[:, :u + 1]
+        other = torch.cat([other[:, :u], other.new_ones(u, 1)], 1)  # [U, U + 1]
         pairs = torch.stack([(other * (t_sums @ s_sums.T)).sum(),
                              (other * (t_grams.flatten(1) @ s_grams.flatten(1).T)).sum()])
     else:
         cosines = torch.einsum("uid,vjd->uvij", _gather_rows(teacher, gather), student)
-        cosines = cosines * other[:, :v, None, None]
+        cosines = cosines * other[:, :, None, None]
         pairs = torch.stack([cosines.sum(), cosines.square().sum()])
         count, own, pairs = _sum_over_ranks(n, own, pairs, gather=gather)
 

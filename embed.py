@@ -37,7 +37,6 @@ if __name__ == "__main__":
     utils.check_flags(parse_args)
 
 import csv  # noqa: E402
-import io  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
@@ -128,13 +127,6 @@ def features_of_folder(args, files, backbone, description, batches):
     return torch.from_numpy(np.load(path, mmap_mode="c"))  # "c", as torch warns of read-only arrays
 
 
-def write_csv(path, rows):
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    content = text.getvalue().encode(errors="surrogateescape")  # a file's name need not be Unicode
-    utils.replace_file(path, lambda file: file.write(content), "wb")
-
-
 def write_neighbours(args, files, features, queries):
     """Writes neighbours.csv and neighbours.png: the nearest images of every query, itself left out.
     features: [N, D] of the files. queries: [Q, D] of the images args.query."""
@@ -145,7 +137,7 @@ def write_neighbours(args, files, features, queries):
                 if c != 0 and not os.path.samefile(args.data_path / files[i], query)]  # 0: undecodable
         found.append(near[:args.neighbours])
         rows += [(query, rank, name, f"{c:.4f}") for rank, (name, c) in enumerate(found[-1], 1)]
-    write_csv(args.output_dir / "neighbours.csv", rows)
+    utils.replace_file(args.output_dir / "neighbours.csv", lambda file: csv.writer(file).writerows(rows))
 
     found = found[:PICTURED]
     columns = 1 + max(map(len, found))
@@ -189,8 +181,9 @@ def main(argv=None):
         cosines, pairs = similar_pairs(features, args.duplicates, device)
         if distributed.rank() == 0:
             path = args.output_dir / "duplicates.csv"
-            write_csv(path, [("file", "other", "cosine"), *((files[i], files[j], f"{cos:.4f}")
-                             for cos, (i, j) in zip(cosines.tolist(), pairs.tolist()))])
+            rows = [("file", "other", "cosine"), *((files[i], files[j], f"{cos:.4f}")
+                                                   for cos, (i, j) in zip(cosines.tolist(), pairs.tolist()))]
+            utils.replace_file(path, lambda file: csv.writer(file).writerows(rows))
             print(f"{len(pairs)} pairs above {args.duplicates:g}: {path}", flush=True)
     distributed.leave()
 

@@ -72,6 +72,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from timm.data import Mixup, create_transform  # noqa: E402
 from timm.data.auto_augment import RandAugment  # noqa: E402
+from timm.layers import convert_sync_batchnorm  # noqa: E402
 from timm.optim import param_groups_layer_decay  # noqa: E402
 from timm.utils import ModelEmaV3  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
@@ -81,7 +82,7 @@ import data  # noqa: E402
 import distributed  # noqa: E402
 import pretrained  # noqa: E402
 from augmentations import keep_one_bit  # noqa: E402
-from vision_transformer import ResNet, VisionTransformer, convert_sync_batchnorm  # noqa: E402
+from vision_transformer import ResNet, VisionTransformer  # noqa: E402
 
 
 # ------------------------------------------------------------------------------------------------------ build
@@ -167,7 +168,7 @@ class Run:
         self.model = self.network = model
         if distributed.world_size() > 1:
             if device.type == "cuda":  # torch has no SyncBatchNorm for CPUs
-                convert_sync_batchnorm(model)
+                convert_sync_batchnorm(model)  # timm's, as in main.py
             self.network = DistributedDataParallel(model)
             self.network.broadcast_buffers = False  # as an argument torch 2.14 deprecates it
         self.optimizer = build_optimizer(model, self.peak_lr, args.weight_decay, args.layer_decay)

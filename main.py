@@ -134,7 +134,7 @@ if __name__ == "__main__":
     utils.check_flags(parse_args)
 
 import torch  # noqa: E402
-from timm.layers import set_fused_attn  # noqa: E402
+from timm.layers import convert_sync_batchnorm, set_fused_attn  # noqa: E402
 from timm.optim import Lars  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
@@ -146,8 +146,7 @@ from data import (PRETRAINING, build_dataset, build_splits, eval_transform, imag
                   load_image)
 from eval_knn import knn_accuracy  # noqa: E402
 from pretrained import Description, export_backbone, extract_features, init_backbones  # noqa: E402
-from vision_transformer import (VIT_ARCHS, MultiCropNet, ProjectionHead, build_backbone,  # noqa: E402
-                                convert_sync_batchnorm)
+from vision_transformer import VIT_ARCHS, MultiCropNet, ProjectionHead, build_backbone  # noqa: E402
 
 
 # ------------------------------------------------------------------------------------------------------ build
@@ -220,7 +219,7 @@ class Run:
         for network in filter(None, (self.student, self.teacher)):
             network.to(device, memory_format=utils.memory_format(network, device, self.amp_dtype))
             if world > 1 and device.type == "cuda":  # torch has no SyncBatchNorm for CPUs
-                convert_sync_batchnorm(network)
+                convert_sync_batchnorm(network)  # timm's: torch's drops the activations of timm's batch norms
         self.network = torch.compile(self.student) if args.compile else self.student  # what the step calls
         if world > 1:
             self.network = DistributedDataParallel(self.network)
@@ -440,7 +439,7 @@ def train(args, device, criterion=None):
     """Trains to the end, or resumes. The first rank writes the files."""
     folder, first = args.output_dir, distributed.rank() == 0
     checkpoint, curves = folder / "checkpoint.pth", folder / "curves.png"
-    criterion = criterion or utils.build_criterion(args)
+    criterion = criterion or utils.build_criterion(args)  # sets args.learn, which a resume compares
     free = ("batch_size_per_gpu",) if args.preset == "paper" else ()  # others take pairs within each rank
     state = utils.read_resume(args, checkpoint, FREE_ON_RESUME + free)
     fresh, run = state is None, Run(args, device, criterion)

@@ -373,17 +373,19 @@ def cosine_schedule(step: int, steps: int, base: float, final: float = 0.0, warm
 
 def replace_file(path: Path, write, mode: str = "w") -> None:
     """Lets `write(file)` fill a temporary file, then renames it: `path` holds the old or the new content,
-    whole. UserError if that fails."""
+    whole. Text is UTF-8, with names of files as they are. UserError if that fails."""
     temporary = path.with_name(path.name + ".partial")
     try:
-        with open(temporary, mode, newline=None if "b" in mode else "") as file:
+        text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+        with open(temporary, mode, **text) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError while it handles the OSError
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__
+        # torch.save raises a RuntimeError while it handles the OSError
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):
             raise
         raise UserError(f"cannot write {path}: {reason(cause)}. Its former content, if any, is intact. Make "
@@ -528,7 +530,6 @@ class RunLog:
         self.path, self.steps, self.columns = folder / "log.txt", steps, []
         self.records = [record for record in read_records(self.path) if _position(record) <= position]
         self.table = folder / table if table else None
-        self.rows = read_table(self.table) if table and self.table.exists() else {}
         threading.excepthook = _thread_error
         with writing_to(folder):
             self.board = SummaryWriter(folder / "tensorboard",
@@ -551,9 +552,9 @@ class RunLog:
                     self.board.add_scalar(f"{axis}/{name}", value, at)
             self.board.flush()
         if self.table and "step" not in record:
-            self.rows[record["epoch"]] = record
-            names = list(dict.fromkeys(name for row in self.rows.values() for name in row))
-            rows = [[row.get(name, "") for name in names] for row in self.rows.values()]
+            epochs = [record for record in self.records if "step" not in record]
+            names = list(dict.fromkeys(name for record in epochs for name in record))
+            rows = [[record.get(name, "") for name in names] for record in epochs]
             replace_file(self.table, lambda file: csv.writer(file).writerows([names, *rows]))
 
     def _print(self, record: dict) -> None:
@@ -619,17 +620,6 @@ def read_records(path: Path) -> list[dict]:
         print(f"note: {path}: {len(bad)} line(s) hold no record, the first is line {bad[0]}; they are kept",
               file=sys.stderr, flush=True)
     return [records[key] for key in sorted(records)]
-
-
-def read_table(path: Path) -> dict[int, dict]:
-    """The rows of a run's CSV by epoch. UserError if it is none: it would be overwritten."""
-    try:
-        with open(path, newline="") as file:
-            names, *lines = csv.reader(file)
-        rows = [dict(zip(names, line, strict=True)) for line in lines]
-        return {int(row["epoch"]): row for row in rows}
-    except (csv.Error, ValueError, KeyError):
-        raise UserError(f"{path} is no table of epochs; move it away") from None
 
 
 def caption(name: str, length: int) -> str:

@@ -162,12 +162,12 @@ class SideBySideConv2d(nn.Conv2d):
         stride, width = self.stride[1], x.shape[3]
         if x.dtype != torch.bfloat16 or x.device.type != "cpu" or width > 4 * stride:
             return super().forward(x)
-        n = math.gcd(len(x), 64)                                        # images in a row
-        x = F.pad(x, (0, stride + width % stride))                      # W' = W + padding, a multiple of stride
-        x = x.unflatten(0, (-1, n)).permute(0, 3, 1, 4, 2).flatten(2, 3)    # [B / n, H, n W', in]
-        x = super().forward(x.permute(0, 3, 1, 2))                      # [B / n, out, H / stride, n W' / stride]
-        x = x.unflatten(3, (n, -1))[..., :-1].permute(0, 3, 2, 4, 1).flatten(0, 1)
-        return x.permute(0, 3, 1, 2)
+        n = math.gcd(len(x), 64)                                # images in a row, then W' pixels each
+        x = F.pad(x, (0, stride + width % stride)).unflatten(0, (-1, n))
+        x = x.permute(0, 3, 1, 4, 2).flatten(2, 3)              # [B / n, H, n W', in]
+        x = super().forward(x.permute(0, 3, 1, 2))              # [B / n, out, H / stride, n W' / stride]
+        x = x.unflatten(3, (n, -1))[..., :-1]
+        return x.permute(0, 3, 2, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 class ProjectionHead(nn.Module):
@@ -229,8 +229,3 @@ class MultiCropNet(nn.Module):
         batches = [torch.cat([*group]) for _, group in groupby(views, key=lambda view: view.shape[2:])]
         features = torch.cat([self.backbone(batch) for batch in batches])  # [V * n, embed_dim]
         return self.head(features).unflatten(0, (len(views), -1))
-
-
-def convert_sync_batchnorm(network: nn.Module) -> nn.Module:
-    """Batch norm over all ranks. torch's own converter drops the activation in timm's BatchNormAct2d."""
-    return timm.layers.convert_sync_batchnorm(network)

@@ -270,7 +270,7 @@ def train(args, data: ImageData | None = None, criterion: torch.nn.Module | None
     utils.settle_amp(args, distributed.init_distributed(args.device))
     if distributed.world_size() > 1:
         raise UserError("cifar/main.py trains on one device; start it without a launcher")
-    criterion = criterion or utils.build_criterion(args)
+    criterion = criterion or utils.build_criterion(args)  # sets args.learn, which a resume compares
     folder, checkpoint = args.output_dir, args.output_dir / "checkpoint.pth"
     free = FREE_ON_RESUME + ("epochs",) * (args.schedule == "constant")  # a cosine depends on its length
     with contextlib.closing(utils.lock_folder(folder)):

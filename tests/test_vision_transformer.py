@@ -6,11 +6,11 @@ import pytest
 import timm
 import torch
 import torchvision
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
-from vision_transformer import (MultiCropNet, ProjectionHead, SideBySideConv2d, build_backbone,
-                                convert_sync_batchnorm, mlp_head)
+from vision_transformer import MultiCropNet, ProjectionHead, SideBySideConv2d, build_backbone, mlp_head
 
 
 def images(count, height, width=None, seed=0, dtype=torch.float64):
