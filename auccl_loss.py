@@ -123,7 +123,7 @@ def symmetric_moments(*views: Tensor, gather: bool = True, gram: bool | None = N
         pairs = torch.stack([total @ total, square.flatten() @ square.flatten()])
         selves = square.detach().trace()  # sum of |z_i|^2
     else:
-        cosines = z @ _gather_rows(z, gather).T  # [V n, V count]
+        cosines = _Products.apply(z, _gather_rows(z, gather))  # [V n, V count]
         pairs = torch.stack([cosines.sum(), cosines.square().sum()])
         selves = z.detach().square().sum()
         count, own, pairs, selves = _sum_over_ranks(n, own, pairs, selves, gather=gather)
@@ -146,7 +146,7 @@ def teacher_student_moments(teacher: Tensor, student: Tensor, gather: bool = Tru
     (u, n, dim), v = teacher.shape, len(student)
     teacher = teacher.detach()
     other = 1 - torch.eye(u, v, dtype=teacher.dtype, device=teacher.device)  # [U, V]: 0 for the same view
-    positives = torch.einsum("und,vnd->uvn", teacher, student) * other[:, :, None]  # [U, V, n]
+    positives = _Products.apply(teacher.transpose(0, 1), student.transpose(0, 1)) * other  # [n, U, V]
     own = torch.stack([positives.sum(), positives.square().sum()])
 
     if _takes_gram(u * v / (u + v) * n, dim, gather, gram):
@@ -156,11 +156,10 @@ def teacher_student_moments(teacher: Tensor, student: Tensor, gather: bool = Tru
         count, own, t_sums, t_grams, s_sums, s_grams = _sum_over_ranks(  # [U, D], [U, D, D]; U + 1 of each
             n, own, teacher.sum(1), teacher.mT @ teacher, sums, grams, gather=gather)
         other = torch.cat([other[:, :u], other.new_ones(u, 1)], 1)  # [U, U + 1]
-        pairs = torch.stack([(other * (t_sums @ s_sums.T)).sum(),
-                             (other * (t_grams.flatten(1) @ s_grams.flatten(1).T)).sum()])
+        pairs = torch.stack([(other * _Products.apply(t_sums, s_sums)).sum(),
+                             (other * _Products.apply(t_grams.flatten(1), s_grams.flatten(1))).sum()])
     else:
-        cosines = torch.einsum("uid,vjd->uvij", _gather_rows(teacher, gather), student)
-        cosines = cosines * other[:, :, None, None]
+        cosines = _cosines(_gather_rows(teacher, gather), student) * other[:, :, None, None]
         pairs = torch.stack([cosines.sum(), cosines.square().sum()])
         count, own, pairs = _sum_over_ranks(n, own, pairs, gather=gather)
 
@@ -182,7 +181,7 @@ def negative_cosines(anchors, others, same_view: bool = False):
         m = x.shape[1]
         negative = couples[..., None, None] & ~torch.eye(m, dtype=torch.bool, device=x.device)
         number = (u * v if same_view else u * (v - 1)) * m * (m - 1)
-        yield torch.einsum("uid,vjd->uvij", x, y), negative, number
+        yield _cosines(x, y), negative, number
 
 
 def log_mean_exp(anchors, others, temperature: float, same_view: bool = False) -> Tensor:
@@ -252,6 +251,26 @@ class _UnitRows(torch.autograd.Function):
         return torch.addcmul(grad / norm, z, along, value=-1)
 
 
+class _Products(torch.autograd.Function):
+    """Rows x [..., m, D] and y [..., n, D] -> x y^T [..., m, n]. Its backward pass runs after
+    `exact_products` has ended elsewhere."""
+
+    @staticmethod
+    def forward(x, y):
+        return x @ y.mT
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @exact_products()
+    def backward(ctx, grad):
+        x, y = ctx.saved_tensors
+        return (grad @ y if ctx.needs_input_grad[0] else None,
+                grad.mT @ x if ctx.needs_input_grad[1] else None)
+
+
 class _Sums(torch.autograd.Function):
     """Rows x [N, D] -> the sums of x_i, [D], and of x_i x_i^T, [D, D]. The gradient takes one product with x,
     autograd's two."""
@@ -268,6 +287,12 @@ class _Sums(torch.autograd.Function):
     @exact_products()
     def backward(ctx, grad_sum, grad_gram):
         return torch.addmm(grad_sum, *ctx.saved_tensors, grad_gram + grad_gram.T)
+
+
+def _cosines(x: Tensor, y: Tensor) -> Tensor:
+    """Unit rows [U, m, D] and [V, n, D] -> their cosines [U, V, m, n]."""
+    rows = _Products.apply(x.flatten(0, 1), y.flatten(0, 1))
+    return rows.unflatten(0, x.shape[:2]).unflatten(2, y.shape[:2]).transpose(1, 2)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from eval_knn import knn_accuracy
 from fake_cuda import CudaTensor, DeviceError, FakeCuda
 from neighbours import nearest_rows
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 REAL = torch.cuda.is_available()
@@ -129,11 +130,13 @@ def test_evaluation(images, gpu, one_thread):
     assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_the_objective_and_knn_are_exact_whatever_training_does(gpu, monkeypatch):
-    seen, matmul = [], torch.backends.cuda.matmul
+def tf32():
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
-    def tf32():
-        return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+def test_the_objective_and_knn_are_exact_whatever_training_does(gpu, monkeypatch):
+    seen = []
     views = torch.randn(2, 2, 300, 32, generator=torch.Generator().manual_seed(0)) + 3
     exact = AUCCLLoss()(*views[0].double())
     with gpu:
@@ -154,6 +157,30 @@ def test_the_objective_and_knn_are_exact_whatever_training_does(gpu, monkeypatch
         utils.set_backends(CUDA, deterministic=True, tf32=False)
         assert not tf32() and torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
         assert torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("preset", ["paper", "hard", "quartic"])
+@pytest.mark.parametrize("dim", [8, 128])  # of Gram matrices, of cosines
+def test_the_objectives_products_are_exact_in_both_passes(preset, dim):
+    seen, before = [], torch.get_float32_matmul_precision()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            if operation.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+                seen.append(tf32())
+            return operation(*args, **(kwargs or {}))
+    criterion = AUCCLLoss.preset(preset)
+    views = torch.randn(3, 24, dim, requires_grad=True)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with Products():
+            for loss in criterion(*views), criterion.teacher_student(views[:2].detach(), views):
+                forward = len(seen)
+                loss.backward()
+                assert len(seen) > forward > 0
+        assert not any(seen) and tf32()
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_cpu_keeps_its_settings():
