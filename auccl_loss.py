@@ -21,7 +21,8 @@ Wen, Lyu; NeurIPS 2016). (1) needs the first two moments of the cosine over pair
     sum_ij (q_i . k_j)^2  = < Q^T Q , K^T K >_F
 
 So the objective over all pairs costs O(n D^2) time and O(D^2) memory without an n x n matrix, and one
-all-reduce over ranks. Where D is the larger, matrices of cosines are taken, over ranks from gathered rows.
+all-reduce over ranks. Where D is larger than the number of views, or over R ranks than 512 and 16 R, matrices
+of cosines are taken, over ranks from gathered rows.
 Every rank holds the whole objective, whose gradient is DistributedDataParallel's mean over ranks.
 
 With a temperature T, the margin term faces the hardest negatives (partial AUC) instead of their mean E-[h]:
@@ -113,7 +114,8 @@ def symmetric_moments(*views: Tensor, gather: bool = True, gram: bool | None = N
         views: V >= 2 times unit rows [n, D]; row i of each comes from image i. An image has V (V - 1) / 2
             positives. Anchors are all V n views, an anchor's negatives the V (n - 1) views of other images.
         gather: take the pairs over the images of all ranks (when a process group is up), not of this one.
-        gram: by D x D Gram matrices, or by matrices of cosines; None takes the cheaper.
+        gram: by D x D Gram matrices, or by matrices of cosines; None takes the cheaper, over ranks what is
+            cheaper for most batches.
     """
     n, v, z = len(views[0]), len(views), torch.cat(views)  # z: [V n, D]
     positives = torch.cat([(x * y).sum(1) for x, y in itertools.combinations(views, 2)])
@@ -430,14 +432,15 @@ class AUCCLLoss(nn.Module):
 
     @staticmethod
     def preset(name: str, **overrides) -> "AUCCLLoss":
-        """The loss named `name` in PRESETS; `overrides` are arguments of that loss."""
+        """The loss named `name` in PRESETS; `overrides` are arguments of that loss, of a released one a, b,
+        alpha and learn."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
         if name.startswith("released"):
             if "alpha" in overrides.get("learn", ()):
                 raise ValueError(f"{name} is linear in alpha: it can only be held")
-            if refused := {"temperature", "fourth_moment"} & {*overrides}:
-                raise ValueError(f"{name} has no {', '.join(refused)}")
+            if refused := {*overrides} - {*WEIGHTS, "learn"}:
+                raise ValueError(f"{name} has no {', '.join(sorted(refused))}")
         return PRESETS[name](**overrides)
 
     @exact_products()

@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from utils import send
+
 # CIFAR-10's training images; the deviation is over all pixels. The 0.2023, 0.1994, 0.2010 of many recipes is
 # the mean of the deviations of single images.
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -44,7 +46,6 @@ class Operation(NamedTuple):
     probability: float | tuple       # in every view, or (in the first global view, the second, a local one)
     apply: Callable                  # (images, *parameters) -> images; may overwrite the images it is given
     draw: Callable | None = None     # (count, size, generator) -> parameters: CPU tensors [count, ...]
-    sort_by: Callable | None = None  # parameters -> [count]: the order in which `apply` wants the images
 
 
 def draw(operations, kinds, count, size, generator, rank=0, world=1):
@@ -65,15 +66,10 @@ def draw(operations, kinds, count, size, generator, rank=0, world=1):
 
 def apply(operations, drawn, images):
     """Changes float images [N, 3, S, S] as `draw` drew for N = count * V views; may overwrite them."""
-    rows = []                                     # found on the CPU: nothing waits for their number
-    for operation, (chosen, parameters) in zip(operations, drawn):
-        there = chosen.nonzero().squeeze(1)
-        if operation.sort_by:
-            there = there[operation.sort_by(*parameters)[there].argsort(stable=True)]
-        rows.append(there)
-    on_device = torch.cat(rows).to(images.device, non_blocking=True).split([len(there) for there in rows])
+    rows = [chosen.nonzero().squeeze(1) for chosen, _ in drawn]  # on the CPU: nothing waits for their number
+    on_device = send(torch.cat(rows), images.device).split([len(there) for there in rows])
     for operation, (_, parameters), there, index in zip(operations, drawn, rows, on_device):
-        if 0 < len(there) == len(images) and not operation.sort_by:
+        if 0 < len(there) == len(images):
             images = operation.apply(images, *parameters)
         elif len(there):
             changed = operation.apply(images.index_select(0, index), *(field[there] for field in parameters))
@@ -198,34 +194,30 @@ def draw_jitter(strengths, count, size, generator):
     return order, low + (high - low) * torch.rand(count, 4, generator=generator)
 
 
-def hue_place(order, factors=None):
-    """Which of an image's four colour operations is that of the hue, 0 to 3: [B]."""
-    return (order == HUE).int().argmax(1)
-
-
 def jitter(images, order, factors):
     """Applies the four colour operations to each image in its own order, in place.
 
-    images: float [B, 3, H, W] in [0, 1], sorted by hue_place(order), else ValueError.
+    images: float [B, 3, H, W] in [0, 1].
     order: [B, 4] on the CPU, per image a permutation of BRIGHTNESS, CONTRAST, SATURATION, HUE.
     factors: [B, 4] on the CPU, column k for operation k. 1 (of hue: 0) keeps the image; a brightness of 0 is
     black, a contrast of 0 the mean grey of the image, a saturation of 0 grayscale.
     """
-    place = hue_place(order)
-    if (place.diff() < 0).any():
-        raise ValueError("jitter takes images sorted by hue_place(order)")
     # Each image goes through three blends, and its hue is turned before, between or after them. A blend is a
     # weighted sum of the image, its grey and its mean grey, so images of different operations go together.
+    place = (order == HUE).int().argmax(1)                # [B]: blends that come before the hue, 0 to 3
+    rows, counts = place.argsort(stable=True), torch.bincount(place, minlength=4).tolist()
+    turns = send(factors[rows, HUE], images.device).split(counts)
+    rows = send(rows, images.device).split(counts)
     blends = order[order != HUE].view(-1, 3)
     keep = factors.gather(1, blends)
-    weights = torch.cat((keep, (1 - keep) * (blends == SATURATION), (1 - keep) * (blends == CONTRAST),
-                         factors[:, HUE:]), 1).T.to(images.device, non_blocking=True)     # [3 + 3 + 3 + 1, B]
-    counts = torch.bincount(place, minlength=4).tolist()
-    for slot, (group, turn) in enumerate(zip(images.split(counts), weights[9].split(counts))):
-        if len(group):
-            adjust_hue(group, turn)
+    weights = torch.stack((keep, (1 - keep) * (blends == SATURATION), (1 - keep) * (blends == CONTRAST)))
+    weights = send(weights.mT[..., None, None, None], images.device)    # [kind, slot, B, 1, 1, 1]
+    for slot in range(4):
+        if len(rows[slot]):
+            turned = adjust_hue(images.index_select(0, rows[slot]), turns[slot])
+            images.index_copy_(0, rows[slot], turned)
         if slot < 3:
-            image_weight, grey_weight, mean_weight = weights[slot:9:3].reshape(3, -1, 1, 1, 1)
+            image_weight, grey_weight, mean_weight = weights[:, slot]
             grey = luma(images)                           # [B, 1, H, W]
             mean = grey.mean((2, 3), keepdim=True).mul_(mean_weight)
             other = grey.mul_(grey_weight).add_(mean)
@@ -239,7 +231,7 @@ def gaussian_blur(images, sigma):
     PIL's filter, without its rounding to 8 bits: three box filters in turn, each of the variance sigma^2 / 3.
     A box of fractional width gives the pixels at its ends the part that it covers (Gwosdek et al., 2011).
     """
-    size, variance = images.shape[-1], sigma.to(images.device, non_blocking=True).square() / 3
+    size, variance = images.shape[-1], send(sigma, images.device).square() / 3
     whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()     # the widest box of whole pixels is 2 whole + 1
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1).square()))
     half = (whole + part + 0.5).view(-1, 1, 1)                       # half of the box's width
@@ -279,7 +271,7 @@ def erase(images, boxes, seeds):
     boxes = boxes.tolist()
     noise = [torch.randn(3 * height * width, generator=torch.Generator().manual_seed(seed))
              for (_, _, height, width), seed in zip(boxes, seeds.tolist())]
-    noise = torch.cat(noise).to(images.device, non_blocking=True).split([len(pixels) for pixels in noise])
+    noise = send(torch.cat(noise), images.device).split([len(pixels) for pixels in noise])
     for image, (top, left, height, width), pixels in zip(images, boxes, noise):
         image[:, top:top + height, left:left + width] = pixels.view(3, height, width)
     return images
@@ -307,7 +299,7 @@ class SimCLRAugmentation(torch.nn.Module):
             raise ValueError(f"strengths must be four, >= 0, the hue's at most 0.5, got {strengths}")
         self.size, self.scale, self.ratio, self.flip_p = size, scale, ratio, flip_p
         self.operations = [
-            Operation(jitter_p, jitter, partial(draw_jitter, strengths), hue_place),
+            Operation(jitter_p, jitter, partial(draw_jitter, strengths)),
             Operation(grayscale_p, grayscale),
             Operation(1.0, partial(normalize, mean=mean, std=std)),
         ]
@@ -329,7 +321,7 @@ class SimCLRAugmentation(torch.nn.Module):
 
     def apply(self, images, boxes, flip, drawn):
         """The view that `draw` drew."""
-        geometry = torch.cat((boxes, flip[:, None]), 1).to(images.device, non_blocking=True)
+        geometry = send(torch.cat((boxes, flip[:, None]), 1), images.device)
         crops = crop_resize(images, geometry[:, :4], self.size, geometry[:, 4] > 0)
         return apply(self.operations, drawn, crops)
 
@@ -342,7 +334,7 @@ class Crops(NamedTuple):
     local_crops: torch.Tensor   # [L, 3, l, l] uint8
 
     def to(self, device):
-        return Crops(*(crops.to(device, non_blocking=True) for crops in self))
+        return Crops(*(send(crops, device) for crops in self))
 
 
 class MultiCrop:
@@ -441,7 +433,7 @@ class MultiCropAugmentation(torch.nn.Module):
 
         self.operations = [
             Operation(0.5, partial(torch.flip, dims=(3,))),
-            Operation(0.8, jitter, partial(draw_jitter, (0.4, 0.4, 0.2, 0.1)), hue_place),
+            Operation(0.8, jitter, partial(draw_jitter, (0.4, 0.4, 0.2, 0.1))),
             Operation(0.2, grayscale),
             Operation((1.0, 0.1, 0.5), gaussian_blur, draw_sigma),
             Operation((0.0, 0.2, 0.0), solarize),

@@ -7,6 +7,7 @@ returns what is read by index as (PIL image, label), with `targets`, all labels,
 """
 import os
 import struct
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -68,6 +69,11 @@ class LabelledImages(torch.utils.data.Dataset):
         """The images at `indices`, with another transform."""
         return LabelledImages(self.source, self.classes, self.source_targets, transform,
                               [self.indices[index] for index in indices])
+
+    def checksum(self) -> int:
+        """Tells sets apart by their labels and, of class folders, the names of the files."""
+        files = self.source.files if isinstance(self.source, ClassFolders) else self.source_targets
+        return zlib.crc32(repr([(files[i], label) for i, label in zip(self.indices, self.targets)]).encode())
 
 
 class ClassFolders:
@@ -270,10 +276,12 @@ def _hugging_face(name: str, root, split: str, download: bool):
         rows = create_dataset(name, root and str(root), split, download=True).reader.dataset
     except ValueError:  # sets without a test split have this one
         rows = create_dataset(name, root and str(root), "validation", download=True).reader.dataset
+    return _HubRows(rows)
 
-    class Rows:
-        classes, targets = rows.features["label"].names, rows["label"]
 
-        def __getitem__(self, index):
-            return rows[index]["image"], rows[index]["label"]
-    return Rows()
+class _HubRows:
+    def __init__(self, rows):
+        self.rows, self.classes, self.targets = rows, rows.features["label"].names, rows["label"]
+
+    def __getitem__(self, index):
+        return self.rows[index]["image"], self.rows[index]["label"]

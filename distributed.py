@@ -37,10 +37,12 @@ def init_distributed(device: str = "auto", dist_url: str = "env://") -> torch.de
     if world > 1 and chosen.type != "cpu":
         if ":" in device or chosen.type == "mps":
             raise UserError(f"--device {chosen} is one device for {world} processes; use cuda or cpu")
-        if local_world > torch.cuda.device_count() > 1:
-            raise UserError(f"{local_world} processes were started on this host, which has "
-                            f"{torch.cuda.device_count()} GPUs; start fewer, or use --device cpu")
-        chosen = torch.device("cuda", local % torch.cuda.device_count())  # Slurm may show it one GPU
+        gpus = torch.cuda.device_count()
+        own = gpus == 1 and "SLURM_PROCID" in os.environ  # Slurm may show each process its own GPU
+        if local_world > gpus and not own:
+            raise UserError(f"{local_world} processes were started on this host, which has {gpus} GPU"
+                            f"{'s' * (gpus > 1)}; start fewer, or use --device cpu")
+        chosen = torch.device("cuda", local % gpus)
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)
     if world > 1:

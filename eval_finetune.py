@@ -152,7 +152,7 @@ class Run:
         self.num_labels = data.count_labels(args.num_labels, train, test)
         rows = data.choose_subset(torch.tensor(train.targets), args.shots, args.fraction, args.seed).tolist()
         self.train, self.test = TrainingImages(train.subset(rows), description, args), test
-        self.fingerprint = [len(rows), len(test), pretrained.checksum(model)]
+        self.fingerprint = [pretrained.checksum(model), len(rows), train.checksum(), test.checksum()]
         self.batch_size = args.batch_size_per_gpu * distributed.world_size()
         self.peak_lr = args.lr * self.batch_size / 256
         self.steps = len(rows) // self.batch_size  # per epoch
@@ -257,7 +257,8 @@ def evaluate(run: Run) -> dict:
     network = (run.ema.module if run.ema else run.model).eval()
     logits, labels = pretrained.extract_features(network, run.test, run.device, run.args.batch_size_per_gpu,
                                                  run.args.num_workers, run.amp_dtype, "test")
-    return {f"test_{name}": value for name, value in score(logits, labels).items()}
+    scores = score(logits.cpu(), labels.cpu())  # MPS lacks float64
+    return {f"test_{name}": value for name, value in scores.items()}
 
 
 def score(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -302,6 +303,7 @@ def train(args, device: torch.device) -> None:
             record = {"epoch": run.epoch, "train_loss": run.loss_sum / run.steps,
                       "train_lr": max(group["lr"] for group in run.optimizer.param_groups)}
             if run.epoch % args.val_freq == 0 or run.epoch + 1 == args.epochs:
+                save()  # a signal or a fault during the evaluation loses no step
                 record |= evaluate(run)
                 run.best_acc = max(run.best_acc, record["test_acc1"])
             record["seconds"], started = time.monotonic() - started, time.monotonic()

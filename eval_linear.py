@@ -291,8 +291,22 @@ def augmented_features(args, network: FrozenFeatures, views: AugmentedImages, ba
                                          pin_memory=device.type == "cuda", worker_init_fn=utils.leave_group)
     for (images, labels), batch in zip(loader, batches):
         with torch.no_grad(), utils.autocast(device, amp):
-            features = network(images.to(device, non_blocking=True))
+            features = network(utils.send(images, device))
         yield features.float(), labels.to(device), len(batch)
+
+
+def sgd_batches(args, network, description, images, fit_set, epoch, device):
+    """The batches of `sgd_epoch` for one epoch of the images: of cached features, if fit_set has them, or of
+    augmented images."""
+    batch_size = args.batch_size_per_gpu * distributed.world_size()
+    rows = equal_batches(len(images), batch_size, args.seed, epoch)
+    if fit_set:
+        batches = ((*(part[distributed.share(row)] for part in fit_set), len(row)) for row in rows)
+    else:
+        views = AugmentedImages(images, description, args.seed, epoch)
+        batches = augmented_features(args, network, views, rows, device)
+    title, done, total = f"epoch {epoch + 1}/{args.epochs}", epoch * len(rows), args.epochs * len(rows)
+    return utils.progress(batches, done, total, title, quiet=distributed.rank() > 0)
 
 
 def fixed_features(args, network: FrozenFeatures, description, images: data.LabelledImages, rows, device):
@@ -356,7 +370,7 @@ def train_heads(args, backbone: nn.Module, description: pretrained.Description, 
 
     epoch, chosen, best_acc = 0, 0, 0.0
     flags = {**utils.plain(args), "num_labels": num_labels, "world_size": world}
-    fingerprint = [pretrained.checksum(backbone), len(fit), len(held), len(test)]
+    fingerprint = [pretrained.checksum(backbone), len(fit), train.checksum(), test.checksum()]
     if state := utils.read_resume(args, path, FREE_ON_RESUME, flags):
         if state["fingerprint"] != fingerprint:
             raise UserError(f"{path} had another backbone or other images; choose another --output_dir")
@@ -391,16 +405,9 @@ def train_heads(args, backbone: nn.Module, description: pretrained.Description, 
         if args.solver == "lbfgs":
             losses = fit_heads(grid, candidates, *fit_set)
         else:
-            rows = equal_batches(len(fit), batch_size, args.seed, epoch)
-            if cached:
-                batches = ((*(part[distributed.share(row)] for part in fit_set), len(row)) for row in rows)
-            else:
-                views = AugmentedImages(images, description, args.seed, epoch)
-                batches = augmented_features(args, network, views, rows, device)
-            title, rates = f"epoch {epoch + 1}/{args.epochs}", scheduler.get_last_lr()
-            done, total = epoch * len(rows), args.epochs * len(rows)
-            batches = utils.progress(batches, done, total, title, quiet=not first)
-            losses = sgd_epoch(grid, optimizer, batches) / len(fit)
+            rates = scheduler.get_last_lr()
+            batches = sgd_batches(args, network, description, images, fit_set, epoch, device)
+            losses = sgd_epoch(grid, optimizer, batches) / len(images)
             scheduler.step()
         if not losses.isfinite().any():
             raise UserError(f"training diverged in epoch {epoch + 1}; start anew with a lower --lr")

@@ -24,6 +24,8 @@ RECIPES = {
     "released-imagenet": dict(out_dim=65536, weights_lr=1e-3, rand_augment="rand-n2-m10-mstd0.5",
                               erasing=0.2),
 }
+DEFAULTS = {"patch_size": 16, "drop_path_rate": 0.1, "momentum_teacher": 0.996, "local_crops_number": 8,
+            "warmup_teacher_temp": 0.04, "teacher_temp": 0.07, "warmup_teacher_temp_epochs": 30}
 FREE_ON_RESUME = ("output_dir", "data_path", "deterministic", "device", "dist_url", "local_rank",
                   "num_workers", "print_freq", "save_every", "saveckp_freq", "knn_every", "knn_data_path",
                   "skip_bad_images", "download")
@@ -35,22 +37,24 @@ def parse_args(argv=None):
     span = dict(type=float, nargs=2, metavar=("MIN", "MAX"))
     add = parser.add_argument_group("network").add_argument
     add("--arch", default="vit_small", help="vit_tiny, vit_small, vit_base, a ResNet, or timm/NAME")
-    add("--patch_size", type=positive_int, default=16, help="pixels a side of a ViT's patches")
-    add("--drop_path_rate", type=utils.probability, default=0.1, help="stochastic depth of a ViT student")
+    add("--patch_size", type=positive_int, help="pixels a side of a vit_*'s patches (default: 16)")
+    add("--drop_path_rate", type=utils.probability,
+        help="stochastic depth of a vit_* student (default: 0.1)")
     add("--out_dim", type=positive_int, help=recipe("width of the head's output", "out_dim"))
     add("--norm_last_layer", type=boolean, default=True, help="fixed row norms of the head's last layer")
     add("--use_bn_in_head", type=boolean, default=False, help="batch norm in the head")
     add("--init_weights", type=lambda text: text if text.startswith("timm/") else utils.path(text),
         help="file of a backbone's weights, or timm/NAME (with --download), to start from")
     add("--teacher", choices=("ema", "none"), default="ema", help="EMA of the student; none: symmetric views")
-    add("--momentum_teacher", type=utils.probability, default=0.996, help="EMA momentum; a cosine ends at 1")
+    add("--momentum_teacher", type=utils.probability,
+        help="EMA momentum; a cosine ends at 1 (default: 0.996)")
 
     group = parser.add_argument_group("objective")
     utils.add_objective_flags(group, RECIPES)
     add, released = group.add_argument, "released-imagenet: "
-    add("--warmup_teacher_temp", type=positive_float, default=0.04, help=released + "first temperature")
-    add("--teacher_temp", type=positive_float, default=0.07, help=released + "final temperature")
-    add("--warmup_teacher_temp_epochs", type=non_negative_int, default=30, help=released + "epochs between")
+    add("--warmup_teacher_temp", type=positive_float, help=released + "first temperature (default: 0.04)")
+    add("--teacher_temp", type=positive_float, help=released + "final temperature (default: 0.07)")
+    add("--warmup_teacher_temp_epochs", type=non_negative_int, help=released + "epochs between (default: 30)")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--optimizer", choices=("adamw", "sgd", "lars"), default="adamw", help="sgd and lars: momentum 0.9")
@@ -78,7 +82,7 @@ def parse_args(argv=None):
     add("--views", type=utils.number(int, 2, 64), help="global views, with --teacher none (default: 2)")
     add("--global_crops_size", type=utils.pixels, default=224, help="pixels a side of a global view")
     add("--global_crops_scale", **span, default=[0.4, 1.0], help="share of the image's area in a global view")
-    add("--local_crops_number", type=non_negative_int, default=8, help="local views; with a teacher")
+    add("--local_crops_number", type=non_negative_int, help="local views, with a teacher (default: 8)")
     add("--local_crops_size", type=utils.pixels, default=96, help="pixels a side of a local view")
     add("--local_crops_scale", **span, default=[0.05, 0.4], help="share of the image's area in a local view")
     add("--blur_sigma", **span, default=[0.1, 2.0], help="standard deviation of the blur, in pixels")
@@ -111,9 +115,19 @@ def complete_args(args):
     args.amp = args.amp or "auto"
     if args.teacher == "ema":
         utils.refuse(args, ("views",), "with a teacher, which sees two; use --local_crops_number")
-        if args.preset == "poster":
-            raise UserError("--preset poster is for symmetric views: a student that faces a teacher would "
-                            "collapse; add --teacher none")
+        if args.preset == "poster" or args.margin_negative_weight not in (None, 1.0):
+            raise UserError("--preset poster and --margin_negative_weight are for symmetric views: a student "
+                            "that faces a teacher would collapse; add --teacher none")
+    else:
+        utils.refuse(args, ("momentum_teacher", "local_crops_number"), "with --teacher none")
+    if args.preset != "released-imagenet":
+        utils.refuse(args, ("warmup_teacher_temp", "teacher_temp", "warmup_teacher_temp_epochs"),
+                     "without --preset released-imagenet")
+    if not args.arch.startswith("vit_"):
+        utils.refuse(args, ("patch_size", "drop_path_rate"), "with a network that is no vit_*")
+    for name, value in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     args.views = args.views or 2
     if args.teacher == "none":
         args.local_crops_number = 0
@@ -472,6 +486,7 @@ def train(args, device, criterion=None):
             train_one_epoch(run, log, save, interruption)
             finished, record = run.epoch, make_record(run)
             if args.knn_every and ((finished + 1) % args.knn_every == 0 or finished + 1 == args.epochs):
+                save()  # a signal or a fault during the evaluation loses no step
                 record |= evaluate(run)
             if log:
                 log.write(record)

@@ -253,7 +253,7 @@ def feature_batches(network, images, device, batch_size=128, num_workers=0, amp_
                                          pin_memory=device.type == "cuda", worker_init_fn=utils.leave_group)
     for batch, labels in utils.progress(loader, 0, len(loader), title, quiet=distributed.rank() > 0):
         with utils.autocast(device, amp_dtype):
-            rows = network(batch.to(device, non_blocking=True)).float()
+            rows = network(utils.send(batch, device)).float()
         if not rows.isfinite().all():
             raise UserError("the backbone's features are not finite; its training may have diverged, or "
                             "--amp none may help")

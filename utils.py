@@ -240,7 +240,8 @@ def add_backbone_flags(parser) -> None:
     add("--random_weights", action="store_true", help="untrained network, the baseline")
     add("--arch", help="vit_*, a ResNet, timm/NAME or cifar/NAME (default: the checkpoint's)")
     add("--patch_size", type=positive_int, help="pixels a side of a ViT's patches (default: checkpoint's)")
-    add("--image_size", type=pixels, help="pixels a side (default: the checkpoint's, timm's, or 224)")
+    add("--image_size", type=pixels,
+        help="pixels a side, where the file does not tell (default: timm's, or 224)")
     add("--batch_size_per_gpu", type=positive_int, default=128, help="images per batch of each process")
     add("--num_workers", type=non_negative_int, default=default_workers(), help="loader workers per process")
     add("--amp", choices=("none", "auto", "bf16", "fp16"), default="none", help="autocast of the backbone")
@@ -324,8 +325,12 @@ def memory_format(network, device, dtype):
 
 
 def send(tensor, device):
-    """A tensor of the CPU on `device`, without a wait for what a GPU has still to do."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    """A tensor of the CPU on `device`, without a wait for what a GPU has still to do. On MPS a copy without a
+    wait may read memory that has been freed."""
+    import torch
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def peak_memory(device) -> int:

@@ -44,7 +44,8 @@ def parse_args(argv=None):
         "folders, or shapes, drawn by code")
     add("--data_path", type=utils.path, help="root of --dataset (default: datasets beside this script)")
     add("--image_size", type=utils.number(int, 8, 1024), help="pixels a side (default: 32; stl10: 96)")
-    add("--arch", default="resnet50", help="resnet18, resnet34 or resnet50; for CPUs small or tiny")
+    add("--arch", default="resnet50", choices=("resnet18", "resnet34", "resnet50", "small", "tiny"),
+        help="network for small images; for CPUs small or tiny")
     add("--init_weights", type=utils.path, help="file of a backbone's weights to start from")
     add("--projector", type=positive_int, nargs="+", help=recipe("widths of the head's layers", "projector"))
     add("--batch_size", type=utils.number(int, 2, 2**31), help=recipe("images per batch", "batch_size"))
@@ -251,7 +252,7 @@ def train_epochs(run, checkpoint, log):
             log.write(make_record(run))
         while run.epoch < run.args.epochs:
             train_one_epoch(run, save, interruption)
-            run.check_finite()
+            save()  # a signal or a fault during the evaluation loses no step
             log.write(make_record(run))
             run.epoch, run.step, run.epoch_seconds = run.epoch + 1, 0, 0.0
             run.sums.zero_()

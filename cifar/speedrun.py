@@ -148,7 +148,7 @@ def train(backbone, images, args, device, amp_dtype):
             rows, epoch = next(batches), epoch + 1
         for group in optimizer.param_groups:
             group["lr"] = utils.cosine_schedule(step, steps, group["peak"], 0.0, round(WARM_UP * steps))
-        batch, small = images[rows].to(device, non_blocking=True), step < SHARE_SMALL * steps
+        batch, small = utils.send(images[rows], device), step < SHARE_SMALL * steps
         views = (augment_small if small else augment)(batch, generator, VIEWS)      # V of [B, 3, S, S]
         with utils.autocast(device, amp_dtype):
             embeddings = projector(backbone(torch.cat(views))[-1])                # [V B, D]
@@ -181,9 +181,9 @@ def extract(backbone, images, device, amp_dtype):
 def whiten(bank, queries):
     """Both [*, F] less the bank's mean, in its principal components, each scaled to variance 1."""
     mean = bank.mean(0)
-    values, vectors = torch.linalg.eigh((bank - mean).T.cov(correction=0).double())
+    values, vectors = torch.linalg.eigh((bank - mean).T.cov(correction=0).cpu().double())  # MPS lacks float64
     varies = values > 1e-6 * values[-1]     # few images leave directions without variance
-    transform = (vectors[:, varies] / values[varies].sqrt()).float()
+    transform = (vectors[:, varies] / values[varies].sqrt()).float().to(bank.device)
     return (bank - mean) @ transform, (queries - mean) @ transform
 
 

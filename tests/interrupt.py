@@ -14,7 +14,8 @@ import utils
 
 POINTS = {"step": (torch.optim.AdamW, "step"),  # within an epoch
           "fsync": (os, "fsync"),               # a file is written aside, but not renamed yet
-          "replace": (os, "replace")}           # it has just been renamed
+          "replace": (os, "replace"),           # it has just been renamed
+          "evaluate": (None, "evaluate")}       # of the script
 PATIENCE = 90                                   # seconds before a process that hangs is killed
 
 
@@ -86,7 +87,7 @@ def _become_script(arguments, files, point, count, name, script):
             setattr(sys, stream, open(descriptor, "w", buffering=1, closefd=False))
         torch.set_num_threads(1)  # the parent's threads are not here
         if point:
-            _arm(point, count, name)
+            _arm(point, count, name, script)
         utils.run_script(lambda: script.main(arguments))
         code = 0
     except SystemExit as error:
@@ -98,8 +99,9 @@ def _become_script(arguments, files, point, count, name, script):
         os._exit(code)
 
 
-def _arm(point, count, name):
+def _arm(point, count, name, script=None):
     owner, attribute = POINTS[point]
+    owner = owner or script
     original, calls = getattr(owner, attribute), 0
 
     def counted(*args, **kwargs):

@@ -433,7 +433,8 @@ def test_bad_teacher_student(teacher, student, message):
     ("paper", dict(score="angle"), "angle"), ("paper", dict(margin_negative_weight=-1.0), "positive"),
     ("paper", dict(negative_weight="mean"), "mean"), ("paper", dict(temperature=0.0), "temperature"),
     ("paper", dict(fourth_moment=-1.0), "fourth_moment"), ("released-cifar", dict(learn=("alpha",)), "alpha"),
-    ("released-cifar", dict(fourth_moment=1.0), "has no fourth_moment")])
+    ("released-cifar", dict(fourth_moment=1.0), "has no fourth_moment"),
+    ("released-imagenet", dict(margin=2.0, gather=True), "has no gather, margin")])
 def test_bad_arguments(preset, arguments, message):
     with pytest.raises(ValueError, match=message):
         AUCCLLoss.preset(preset, **arguments)

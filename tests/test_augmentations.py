@@ -125,7 +125,7 @@ def test_hue_of_every_corner_and_edge_of_the_colour_cube(factor):
 
 
 def test_jitter_in_each_of_the_24_orders_equals_torchvision():
-    orders = torch.tensor(sorted(permutations(range(4)), key=lambda order: order.index(ours.HUE)))
+    orders = torch.tensor([*permutations(range(4))])
     images = colours()
     factors = torch.rand(24, 4, generator=generator()) * torch.tensor([1.6, 1.6, 1.6, 1])
     factors[:, 3] -= 0.5
@@ -135,8 +135,6 @@ def test_jitter_in_each_of_the_24_orders_equals_torchvision():
     for row in range(24):
         alone = ours.jitter(images[row:row + 1].clone(), orders[row:row + 1], factors[row:row + 1])
         assert difference(alone, expected[row]) < 2 * HUE_TOLERANCE
-    with pytest.raises(ValueError, match="sorted"):
-        ours.jitter(images, orders.flip(0), factors)
 
 
 def test_normalize_equals_torchvision():

@@ -90,14 +90,17 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
 
 
 @pytest.mark.parametrize("kills", [
-    # A new run writes checkpoint and CSV, an epoch's end CSV and checkpoint: one fsync and one replace each.
-    [("fsync", 1), ("step", 1), ("fsync", 1), ("replace", 1), ("step", 1), ("step", 2)],
+    # A new run writes checkpoint and CSV, an epoch's end checkpoint, CSV and checkpoint: one fsync and one
+    # replace each.
+    [("fsync", 1), ("step", 1), ("fsync", 1), ("replace", 1), ("step", 1), ("step", 2),
+     ("evaluate", 1)],
     [("replace", 1), ("replace", 2), ("fsync", 2), ("replace", 1), ("replace", 2), ("step", 1)],
 ], ids=["within an epoch", "around its end"])
 def test_kill_and_resume_is_bitwise_the_same(images, uninterrupted, tmp_path, kills, no_curves):
     output = tmp_path / "run"
     for kill in kills:
         interrupt.run(flags(images, output), tmp_path, *kill, code=-9)
+        assert kill[0] != "evaluate" or utils.load_checkpoint(output / "checkpoint.pth")["step"] == 4
     interrupt.run(flags(images, output), tmp_path, code=0)
     assert_same_bits(output, uninterrupted[0])
     assert (output / "log.txt").read_text().count('"epoch": -1') == 1

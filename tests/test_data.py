@@ -1,6 +1,7 @@
 """Class folders, labelled sets by name, and the reader of image files, on what people's data look like."""
 import os
 import re
+import shutil
 from types import SimpleNamespace
 
 import data
@@ -221,6 +222,20 @@ def test_sets_that_cannot_be_read(tmp_path, monkeypatch):
     assert "has no list of its labels" in refused("cifar10")
 
 
+def test_checksums_tell_sets_apart(images, tmp_path):
+    folder = shutil.copytree(images, tmp_path / "images")
+
+    def checksum(root=folder):
+        return data.build_dataset("folder", root, "train").checksum()
+    expected = checksum()
+    assert expected == checksum(images)                                # wherever they are
+    moved = (folder / "train" / "cat" / "3.png").rename(folder / "train" / "dog" / "99.png")
+    assert checksum() != expected
+    moved.rename(folder / "train" / "cat" / "4x.png")                  # the same labels
+    assert data.build_dataset("folder", folder, "train").targets == data.build_dataset(
+        "folder", images, "train").targets and checksum() != expected
+
+
 def test_sets_of_the_hugging_face_hub(monkeypatch):
     class Rows(list):
         features = {"label": SimpleNamespace(names=["cat", "dog"])}
@@ -238,3 +253,4 @@ def test_sets_of_the_hugging_face_hub(monkeypatch):
     train, test = data.build_splits("hfds/x", None, lambda image: image.getpixel((0, 0)), download=True)
     assert (train.classes, train.targets, test.targets) == (["cat", "dog"], [1, 0, 1], [0, 1])
     assert list(train) == [((3,) * 3, 1), ((4,) * 3, 0), ((5,) * 3, 1)]
+    assert "<locals>" not in type(test.source).__qualname__     # workers that do not fork unpickle it

@@ -65,7 +65,10 @@ def test_the_device_of_a_process(environment, monkeypatch):
     assert "--device cuda:1 is one device for 8 processes" in refusal(init, "cuda:1")
     environment(WORLD_SIZE="8", RANK="6", LOCAL_RANK="6", LOCAL_WORLD_SIZE="8")
     assert "8 processes were started on this host, which has 4 GPUs" in refusal(init, "cuda")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # Slurm may show each task its own
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "8 processes were started on this host, which has 1 GPU;" in refusal(init, "cuda")
+    environment(WORLD_SIZE="8", RANK="6", LOCAL_RANK="6", LOCAL_WORLD_SIZE="8", SLURM_PROCID="6")
+    # Slurm may show each task its own
     assert str(init("cuda")) == "cuda:0" and chosen == [1, 2, 0]
 
 

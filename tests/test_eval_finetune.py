@@ -85,11 +85,12 @@ def test_what_a_run_leaves_behind(whole, images):
 
 
 def test_kill_and_resume_is_bitwise_the_same(whole, images, tmp_path):
-    """Killed in the second epoch, asked to end in the last, killed before a checkpoint was replaced."""
+    """Killed in the second epoch, asked to end in the last, killed before a checkpoint was replaced and after
+    an evaluation."""
     command = flags(images, tmp_path / "run", "--ema", 0.9)
     for point, count, name, code, words in (
             ("step", 5, "KILL", -9, ""), ("step", 4, "TERM", 143, "saved after step 2/3 of epoch 3"),
-            ("fsync", 1, "KILL", -9, "")):
+            ("fsync", 1, "KILL", -9, ""), ("evaluate", 1, "KILL", -9, "")):
         ended = interrupt.run(command, tmp_path, point, count, name, script=eval_finetune, code=code)
         assert words in ended.stderr
     eval_finetune.main(command)

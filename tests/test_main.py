@@ -24,9 +24,9 @@ from torch import nn
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 CLOCKS = ("images_per_s", "data_wait", "memory_gb", "hours_left")  # what no two runs share
-SMALL = ["--arch", "vit_tiny", "--patch_size", "8", "--global_crops_size", "16", "--local_crops_size", "8",
-         "--local_crops_number", "2", "--out_dim", "32", "--num_workers", "0", "--amp", "none",
-         "--device", "cpu", "--print_freq", "2", "--batch_size_per_gpu", "6", "--epochs", "2"]
+SMALL = ["--global_crops_size", "16", "--local_crops_size", "8", "--out_dim", "32", "--num_workers", "0",
+         "--amp", "none", "--device", "cpu", "--print_freq", "2", "--batch_size_per_gpu", "6",
+         "--epochs", "2"]
 NO_SIGNAL = SimpleNamespace(signal=None)
 
 
@@ -47,7 +47,9 @@ def small_networks():
 
 
 def flags(images, output, *more):
-    return [*SMALL, "--data_path", str(images / "train"), "--output_dir", str(output), *more]
+    vit = [] if "--arch" in more else ["--arch", "vit_tiny", "--patch_size", "8"]
+    local = [] if ("--teacher", "none") in zip(more, more[1:]) else ["--local_crops_number", "2"]
+    return [*SMALL, *vit, *local, "--data_path", str(images / "train"), "--output_dir", str(output), *more]
 
 
 def refused(arguments):
@@ -124,11 +126,12 @@ def test_a_finished_run_called_again_changes_nothing(images, finished, tmp_path,
 
 @pytest.mark.parametrize("points", [
     [("step", 2), ("fsync", 3), ("replace", 3)],  # in a step, inside a save, after one
-    [("fsync", 6), ("fsync", 2), ("step", 1)]])   # around an epoch's end
+    [("fsync", 6), ("fsync", 2), ("step", 1), ("evaluate", 1)]])  # around an epoch's end
 def test_a_run_killed_anywhere_ends_with_the_same_bits(images, finished, tmp_path, points):
     arguments = flags(images, tmp_path / "run", *finished[2], "--save_every", "1")
     for point in points:
         run(arguments, tmp_path, *point, code=-9)
+        assert point[0] != "evaluate" or load(tmp_path / "run")["step"] == 3
     run(arguments, tmp_path)
     assert_same_run(tmp_path / "run", finished[0])
 
@@ -289,6 +292,10 @@ def test_help_does_not_import_torch():
     ("--preset released-imagenet --teacher none", "leave --teacher none out"),
     ("--views 4", "--views cannot be used with a teacher"),
     ("--preset poster", "would collapse; add --teacher none"),
+    ("--margin_negative_weight 16", "would collapse; add --teacher none"),
+    ("--teacher none --momentum_teacher 0.9", "--momentum_teacher cannot be used with --teacher none"),
+    ("--teacher_temp 0.1", "--teacher_temp cannot be used without --preset released-imagenet"),
+    ("--arch resnet18 --patch_size 8", "--patch_size cannot be used with a network that is no vit_*"),
     ("--use_fp16 true", "--amp cannot be used with --use_fp16"),
     ("--arch vit_smal", "unknown arch 'vit_smal'; choose from vit_tiny"),
     ("--global_crops_size 20", "20 is no multiple of the patch size 8"),
