@@ -154,8 +154,8 @@ def _small_image_resnet(name: str) -> torchvision.models.ResNet:
 class SideBySideConv2d(nn.Conv2d):
     """A 3x3 convolution that lays small images side by side, zeros between them, in bfloat16 on CPUs.
 
-    The results are the same. For outputs up to 4 pixels wide oneDNN takes up to four times as long without,
-    above all for the gradient of the weights. [B, in, H, W] -> [B, out, H / stride, W / stride].
+    The results are the same up to rounding. For outputs up to 4 pixels wide oneDNN takes up to four times as
+    long without, above all for the weights' gradient. [B, in, H, W] -> [B, out, H / stride, W / stride].
     """
 
     def forward(self, x: Tensor) -> Tensor:
