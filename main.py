@@ -34,12 +34,13 @@ FREE_ON_RESUME = ("output_dir", "data_path", "deterministic", "device", "dist_ur
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__doc__)
     recipe = lambda text, name: utils.by_preset(text, RECIPES, name)  # noqa: E731
+    default = lambda text, name: f"{text} (default: {DEFAULTS[name]})"  # noqa: E731
     span = dict(type=float, nargs=2, metavar=("MIN", "MAX"))
     add = parser.add_argument_group("network").add_argument
     add("--arch", default="vit_small", help="vit_tiny, vit_small, vit_base, a ResNet, or timm/NAME")
-    add("--patch_size", type=positive_int, help="pixels a side of a vit_*'s patches (default: 16)")
+    add("--patch_size", type=positive_int, help=default("pixels a side of a vit_*'s patches", "patch_size"))
     add("--drop_path_rate", type=utils.probability,
-        help="stochastic depth of a vit_* student (default: 0.1)")
+        help=default("stochastic depth of a vit_* student", "drop_path_rate"))
     add("--out_dim", type=positive_int, help=recipe("width of the head's output", "out_dim"))
     add("--norm_last_layer", type=boolean, default=True, help="fixed row norms of the head's last layer")
     add("--use_bn_in_head", type=boolean, default=False, help="batch norm in the head")
@@ -47,14 +48,16 @@ def parse_args(argv=None):
         help="file of a backbone's weights, or timm/NAME (with --download), to start from")
     add("--teacher", choices=("ema", "none"), default="ema", help="EMA of the student; none: symmetric views")
     add("--momentum_teacher", type=utils.probability,
-        help="EMA momentum; a cosine ends at 1 (default: 0.996)")
+        help=default("EMA momentum; a cosine ends at 1", "momentum_teacher"))
 
     group = parser.add_argument_group("objective")
     utils.add_objective_flags(group, RECIPES)
     add, released = group.add_argument, "released-imagenet: "
-    add("--warmup_teacher_temp", type=positive_float, help=released + "first temperature (default: 0.04)")
-    add("--teacher_temp", type=positive_float, help=released + "final temperature (default: 0.07)")
-    add("--warmup_teacher_temp_epochs", type=non_negative_int, help=released + "epochs between (default: 30)")
+    add("--warmup_teacher_temp", type=positive_float,
+        help=default(released + "first temperature", "warmup_teacher_temp"))
+    add("--teacher_temp", type=positive_float, help=default(released + "final temperature", "teacher_temp"))
+    add("--warmup_teacher_temp_epochs", type=non_negative_int,
+        help=default(released + "epochs between", "warmup_teacher_temp_epochs"))
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--optimizer", choices=("adamw", "sgd", "lars"), default="adamw", help="sgd and lars: momentum 0.9")
@@ -82,7 +85,8 @@ def parse_args(argv=None):
     add("--views", type=utils.number(int, 2, 64), help="global views, with --teacher none (default: 2)")
     add("--global_crops_size", type=utils.pixels, default=224, help="pixels a side of a global view")
     add("--global_crops_scale", **span, default=[0.4, 1.0], help="share of the image's area in a global view")
-    add("--local_crops_number", type=non_negative_int, help="local views, with a teacher (default: 8)")
+    add("--local_crops_number", type=non_negative_int,
+        help=default("local views, with a teacher", "local_crops_number"))
     add("--local_crops_size", type=utils.pixels, default=96, help="pixels a side of a local view")
     add("--local_crops_scale", **span, default=[0.05, 0.4], help="share of the image's area in a local view")
     add("--blur_sigma", **span, default=[0.1, 2.0], help="standard deviation of the blur, in pixels")
@@ -148,7 +152,7 @@ if __name__ == "__main__":
     utils.check_flags(parse_args)
 
 import torch  # noqa: E402
-from timm.layers import convert_sync_batchnorm, set_fused_attn  # noqa: E402
+from timm.layers import convert_sync_batchnorm, set_fused_attn
 from timm.optim import Lars  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402

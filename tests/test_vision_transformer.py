@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from timm.layers import convert_sync_batchnorm
+from main import convert_sync_batchnorm
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
