@@ -152,7 +152,7 @@ if __name__ == "__main__":
     utils.check_flags(parse_args)
 
 import torch  # noqa: E402
-from timm.layers import convert_sync_batchnorm, set_fused_attn
+from timm.layers import convert_sync_batchnorm, set_fused_attn  # noqa: E402
 from timm.optim import Lars  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
