@@ -13,7 +13,7 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import default_collate
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
-from torchvision.transforms.v2.functional import resized_crop as resized_crop_v2
+from torchvision.transforms.v2.functional import resized_crop
 
 import augmentations as ours
 
@@ -164,17 +164,6 @@ def test_crop_resize_equals_torchvision(height, width, size, box):
     assert difference(ours.crop_resize(images.float(), boxes, size, flip), expected * 255) < 255 * 5e-6
 
 
-@pytest.mark.parametrize("width, height, size, box", [
-    (120, 90, 32, (0, 0, 90, 120)), (120, 90, 64, (11, 17, 40, 31)), (301, 7, 24, (0, 100, 7, 9))])
-def test_resized_crop_equals_torchvision(width, height, size, box):
-    image = photograph(width, height)
-    result = ours.resized_crop(tensor_of(image), box, size)
-    assert torch.equal(result, resized_crop_v2(tensor_of(image), *box, [size, size], BICUBIC, antialias=True))
-    # PIL computes with finer integers: a step of 8 bits now and then, and more where the filter overshoots.
-    steps = (result.int() - tensor_of(reference.resized_crop(image, *box, [size, size], BICUBIC)).int()).abs()
-    assert (steps > 0).float().mean() < 0.05 and (steps > 1).float().mean() < 2e-3
-
-
 @pytest.mark.parametrize("size", [16, 61, 96])
 def test_blur_equals_pil(size):
     sigma = torch.tensor([0.0, 0.1, 0.3, 0.7, 1.1, 1.4, 2.0, 4.0])
@@ -239,7 +228,7 @@ def test_crops_of_multi_crop_have_torchvisions_distribution(monkeypatch):
         crops = crop(image, seed)
         views = *crops.global_crops, *crops.local_crops
         for view, box in zip(views, drawn[-1].int().tolist(), strict=True):
-            assert torch.equal(view, ours.resized_crop(tensor_of(image), box, 4))
+            assert torch.equal(view, resized_crop(tensor_of(image), *box, [4, 4], BICUBIC))
     boxes = torch.stack(drawn)                                      # [seeds, 4 crops, 4]
     pixels = torch.empty(3, 47, 60)
     torch.manual_seed(0)
@@ -426,19 +415,6 @@ def test_views_do_not_depend_on_the_number_of_ranks():
 
 # ----------------------------------------------------------------------------------------------------- errors
 
-@pytest.mark.parametrize("make, name, wrong", [
-    (ours.SimCLRAugmentation, "scale", (0, 1)), (ours.SimCLRAugmentation, "size", 0),
-    (ours.SimCLRAugmentation, "strengths", (0.4, 0.4, 0.4)),
-    (ours.SimCLRAugmentation, "strengths", (0.4, 0.4, 0.4, 0.6)),
-    (ours.SimCLRAugmentation, "strengths", (-0.1, 0.4, 0.4, 0.1)),
-    (ours.MultiCropAugmentation, "blur_sigma", (2, 1)), (ours.MultiCropAugmentation, "erasing", 1.5),
-    (ours.MultiCrop, "local_scale", (0.4, 0.1)), (ours.MultiCrop, "local_size", 4097),
-    (ours.MultiCrop, "local_number", -1), (ours.MultiCrop, "global_number", 1)])
-def test_impossible_arguments_are_an_error(make, name, wrong):
-    with pytest.raises(ValueError, match=name):
-        make(**{name: wrong})
-
-
 @pytest.mark.parametrize("images", [
     torch.zeros(2, 3, 32, 32), *(torch.zeros(shape, dtype=torch.uint8) for shape in
                                  [(3, 32, 32), (2, 32, 32, 3), (0, 3, 32, 32), (2, 3, 0, 32)])])
@@ -450,13 +426,9 @@ def test_other_images_are_an_error(images):
 def test_other_crops_are_an_error():
     crops, augment = batch_of(ours.MultiCrop(**SMALL), range(2)), ours.MultiCropAugmentation()
     for wrong, message in ((crops._replace(global_crops=crops.global_crops.float()), "global_crops must be"),
-                           (crops._replace(local_crops=crops.local_crops[0]), "local_crops must be"),
-                           (crops._replace(global_crops=crops.global_crops[:, :1]), "no batch"),
-                           (crops._replace(local_crops=crops.local_crops[:1]), "no batch")):
+                           (crops._replace(local_crops=crops.local_crops[0]), "local_crops must be")):
         with pytest.raises(ValueError, match=message):
             augment(wrong, generator())
-    with pytest.raises(ValueError, match="rank 2 of 2"):
-        augment(crops, generator(), 2, 2)
     with pytest.raises(ValueError, match="mode CMYK"):
         ours.MultiCrop()(Image.new("CMYK", (50, 50)), 0)
     with pytest.raises(ValueError, match="no RandAugment 'nonsense'"):
