@@ -42,7 +42,7 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import distributed  # noqa: E402
 import pretrained  # noqa: E402
-from neighbours import NUMBERS, nearest_rows  # noqa: E402
+from neighbours import MAX_ELEMENTS, nearest_rows  # noqa: E402
 
 DUMPS = "trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth"
 
@@ -65,7 +65,7 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, ks=(10, 20, 100, 200)
     device = torch.device("cpu") if bank.device.type == "mps" else bank.device  # MPS lacks float64
     bank_labels = bank_labels.to(device, torch.int64)
     num_classes, most = int(bank_labels.max()) + 1, min(max(ks), len(bank))
-    size = max(1, NUMBERS // (4 * max(most, num_classes)))
+    size = max(1, MAX_ELEMENTS // (4 * max(most, num_classes)))
     hits = {k: torch.zeros(2, device=device) for k in ks}
     for block, truth in zip(*(distributed.share(rows).split(size) for rows in (queries, query_labels))):
         cos, nearest = nearest_rows(bank, block.to(device), most)                       # [q, most] each

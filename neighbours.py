@@ -12,10 +12,10 @@ import distributed
 import utils
 from auccl_loss import exact_products
 
-QUERIES = 256       # queries compared with the bank together
-NUMBERS = 2 ** 25   # numbers in each tensor held at once: 128 MB in float32
-SIDE = 2048         # rows of each side compared together in the search for pairs
-PAIRS = 10 ** 6     # pairs that a rank may find
+QUERY_CHUNK = 256        # queries compared with the bank together
+MAX_ELEMENTS = 2 ** 25   # numbers in each tensor held at once: 128 MB in float32
+PAIR_BLOCK = 2048        # rows of each side compared together in the search for pairs
+MAX_PAIRS = 10 ** 6      # pairs that a rank may find
 
 
 @torch.no_grad()
@@ -25,15 +25,12 @@ def nearest_rows(bank, queries, k):
     queries = _unit_rows(queries)
     cos = queries.new_full((len(queries), k), -2.0)
     index = torch.zeros_like(cos, dtype=torch.int64)
-    size = max(1, NUMBERS // max(QUERIES, bank.shape[1]))
-    # one buffer for all products: fresh memory is slow on a CPU; and no autocast where `out` is given
-    product = queries.new_empty(min(QUERIES, len(queries)), min(size, len(bank)))
-    with exact_products():
+    size = max(1, MAX_ELEMENTS // max(QUERY_CHUNK, bank.shape[1]))
+    with exact_products(), torch.autocast(queries.device.type, enabled=False):
         for start in range(0, len(bank), size):
             rows = _unit_rows(bank[start:start + size].to(queries.device))
-            for chunk, best, nearest in zip(*(tensor.split(QUERIES) for tensor in (queries, cos, index))):
-                torch.mm(chunk, rows.T, out=product[:len(chunk), :len(rows)])                       # [q, n]
-                found, column = product[:len(chunk), :len(rows)].topk(min(k, len(rows)))
+            for chunk, best, nearest in zip(*(tensor.split(QUERY_CHUNK) for tensor in (queries, cos, index))):
+                found, column = (chunk @ rows.T).topk(min(k, len(rows)))
                 found, order = torch.cat([best, found], 1).topk(k)
                 nearest.copy_(torch.cat([nearest, column + start], 1).gather(1, order))
                 best.copy_(found)
@@ -43,19 +40,19 @@ def nearest_rows(bank, queries, k):
 @torch.no_grad()
 def similar_pairs(features, threshold, device="cpu"):
     """Cosines [P] and indices [P, 2], i < j, of all pairs of rows of [N, D] with a cosine above the threshold
-    (>= 0), by falling cosine. Ranks share the work and all have the result. UserError above PAIRS pairs."""
-    starts = range(0, len(features), SIDE)
+    (>= 0), by falling cosine. Ranks share the work and all have the result. UserError above MAX_PAIRS."""
+    starts = range(0, len(features), PAIR_BLOCK)
     own = distributed.share(starts)
     cosines, pairs, count = [torch.empty(0)], [torch.empty(0, 2, dtype=torch.int64)], 0
     with exact_products():
         for i in utils.progress(own, 0, len(own), "pairs"):
-            rows = _unit_rows(features[i:i + SIDE].to(device))
-            for j in starts[i // SIDE:]:
-                cos = rows @ _unit_rows(features[j:j + SIDE].to(device)).T                          # [n, m]
+            rows = _unit_rows(features[i:i + PAIR_BLOCK].to(device))
+            for j in starts[i // PAIR_BLOCK:]:
+                cos = rows @ _unit_rows(features[j:j + PAIR_BLOCK].to(device)).T                    # [n, m]
                 cos = cos.triu_(1) if i == j else cos
                 above = (cos > threshold).nonzero()                                                 # [p, 2]
-                if (count := count + len(above)) > PAIRS:
-                    raise utils.UserError(f"more than {PAIRS:,} pairs have a cosine above {threshold:g}; "
+                if (count := count + len(above)) > MAX_PAIRS:
+                    raise utils.UserError(f"more than {MAX_PAIRS:,} pairs have a cosine above {threshold:g}; "
                                           "ask for a higher one")
                 cosines.append(cos[tuple(above.T)].cpu())
                 pairs.append(above.cpu() + torch.tensor([i, j]))

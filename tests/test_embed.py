@@ -53,7 +53,7 @@ def photos(tmp_path_factory):
 
 @pytest.mark.parametrize("side", (3, 7, 2048))
 def test_pairs_equal_brute_force(side, monkeypatch):
-    monkeypatch.setattr(neighbours, "SIDE", side)
+    monkeypatch.setattr(neighbours, "PAIR_BLOCK", side)
     features = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)).repeat(8, 1)
     features = 100 * (features + 0.4 * torch.randn(40, 6, generator=torch.Generator().manual_seed(1)))
     features[11] = 0
@@ -68,7 +68,7 @@ def test_pairs_equal_brute_force(side, monkeypatch):
     found = run_ranks(lambda: [x.tolist() for x in neighbours.similar_pairs(features, 0.8)], 3)
     assert found[0] == found[1] == found[2] and found[0][1] == pairs.tolist()
     assert len(neighbours.similar_pairs(features, 1.0)[0]) == 0
-    monkeypatch.setattr(neighbours, "PAIRS", 20)
+    monkeypatch.setattr(neighbours, "MAX_PAIRS", 20)
     assert "more than 20 pairs have a cosine above 0.8" in refusal(neighbours.similar_pairs, features, 0.8)
 
 

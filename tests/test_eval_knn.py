@@ -46,9 +46,9 @@ def clusters(count, num_classes, seed, spread=2.0, dim=12):
 @pytest.mark.parametrize("queries, numbers", [(256, 2 ** 25), (3, 5000), (7, 150)])
 @pytest.mark.parametrize("size, num_classes", [(30, 2), (99, 7), (200, 40), (300, 2000)])
 def test_equals_brute_force_in_chunks_of_any_size(size, num_classes, queries, numbers, monkeypatch):
-    monkeypatch.setattr(neighbours, "QUERIES", queries)
+    monkeypatch.setattr(neighbours, "QUERY_CHUNK", queries)
     for module in (neighbours, eval_knn):
-        monkeypatch.setattr(module, "NUMBERS", numbers)
+        monkeypatch.setattr(module, "MAX_ELEMENTS", numbers)
     problem = *clusters(size, num_classes, seed=1), *clusters(20, num_classes, seed=2)
     for temperature in (0.07, 0.5, 0.002):
         found = knn_accuracy(*problem, (200, 1, 5, 20, 5), temperature)    # 200 is above two of the sizes
