@@ -153,12 +153,9 @@ class Run:
         rows = data.choose_subset(torch.tensor(train.targets), args.shots, args.fraction, args.seed).tolist()
         self.train, self.test = TrainingImages(train.subset(rows), description, args), test
         self.fingerprint = [pretrained.checksum(model), len(rows), train.checksum(), test.checksum()]
-        self.batch_size = args.batch_size_per_gpu * distributed.world_size()
-        self.peak_lr = args.lr * self.batch_size / 256
-        self.steps = len(rows) // self.batch_size  # per epoch
-        if self.steps == 0:
-            raise UserError(f"a batch of {self.batch_size} images is larger than the training set of "
-                            f"{len(rows)}; lower --batch_size_per_gpu")
+        self.images_per_step = args.batch_size_per_gpu * distributed.world_size()
+        self.peak_lr = args.lr * self.images_per_step / 256
+        self.steps = utils.steps_per_epoch(len(rows), self.images_per_step, "--batch_size_per_gpu")
         self.mixup = Mixup(args.mixup, args.cutmix, prob=float(args.mixup + args.cutmix > 0),
                            label_smoothing=args.smoothing, num_classes=self.num_labels)
 
@@ -180,7 +177,7 @@ class Run:
         self.description = description
         self.epoch = self.step = 0  # the next to run; step counts within the epoch
         self.loss_sum, self.best_acc = 0.0, 0.0  # over the epoch's steps; of all epochs
-        self.flags = {**utils.plain(args), "batch_size": self.batch_size}
+        self.flags = {**utils.plain(args), "batch_size": self.images_per_step}
 
     def state_dict(self) -> dict:
         """The checkpoint. UserError if a weight is not finite: nothing of it must be saved."""
@@ -203,7 +200,7 @@ class Run:
 def make_loader(run: Run) -> DataLoader:
     """This rank's part of the batches left of the epoch. Mixup blends row i of a batch with row -1 - i; a
     rank takes both, so that any number of ranks blends the same images."""
-    args, size = run.args, run.batch_size
+    args, size = run.args, run.images_per_step
     upper = distributed.share(range(size // 2))
     own = [*upper, *(size - 1 - row for row in reversed(upper))]
     keys = ([(index, utils.stream_seed(args.seed, run.epoch, index)) for index in batch[own].tolist()]
@@ -248,8 +245,7 @@ def train_one_epoch(run: Run, save, interruption: utils.Interruption) -> None:
         if interrupted:
             save()
             distributed.leave()
-            interruption.exit(f"saved after step {run.step}/{run.steps} of epoch {run.epoch + 1}; the same "
-                              "command resumes")
+            interruption.exit(run)
 
 
 def evaluate(run: Run) -> dict:
@@ -290,11 +286,9 @@ def train(args, device: torch.device) -> None:
             utils.save_checkpoint(saved, path)
 
     if first and run.epoch < args.epochs:
-        print(f"{len(run.train)} images to train on, {len(run.test)} to test on; classes: {run.num_labels}; "
-              f"{run.description.arch} with {utils.millions(run.model)} M parameters; "
-              f"{distributed.world_size()} x {device}, {run.amp_dtype or torch.float32}; {run.steps} steps "
-              f"per epoch of {run.batch_size} images\nfrom epoch {run.epoch + 1}, step {run.step + 1}, to "
-              f"epoch {args.epochs}; {args.output_dir}", flush=True)
+        utils.announce(run, f"{len(run.train)} images to train on, {len(run.test)} to test on; classes: "
+                       f"{run.num_labels}; {run.description.arch} with {utils.millions(run.model)} M "
+                       "parameters", distributed.world_size())
     with closing(utils.Interruption()) as interruption:
         if state is None:
             save()  # from now on a log has its checkpoint

@@ -228,10 +228,8 @@ class Run:
         self.batch_size = args.batch_size_per_gpu * world  # images that the objective sees at once
         self.images_per_step = self.batch_size * args.accum_iter
         self.peak_lr = args.lr * self.images_per_step / 256
-        self.steps = len(self.images) // self.images_per_step  # per epoch
-        if self.steps == 0:
-            raise UserError(f"a step takes {self.images_per_step} images, more than the data set's "
-                            f"{len(self.images)}; lower --batch_size_per_gpu or --accum_iter")
+        self.steps = utils.steps_per_epoch(len(self.images), self.images_per_step,
+                                           "--batch_size_per_gpu or --accum_iter")
         if args.grad_checkpointing:
             self.student.backbone.set_grad_checkpointing(True)
         for network in filter(None, (self.student, self.teacher)):
@@ -379,8 +377,7 @@ def train_one_epoch(run, log, save, interruption):
             save()
         if interrupted:
             distributed.leave()
-            interruption.exit(f"saved after step {run.step}/{run.steps} of epoch {run.epoch + 1}; "
-                              "the same command resumes")
+            interruption.exit(run)
 
 
 def set_schedules(run):
@@ -468,8 +465,12 @@ def train(args, device, criterion=None):
         run.load_state_dict(state, checkpoint)
         del state  # as large as the run itself
     distributed.check_same_over_ranks(run.epoch, run.step, run.steps, int(run.images.checksum[1][:15], 16))
-    if first:
-        announce(run)
+    if first and run.epoch < args.epochs:
+        backbone, head = map(utils.millions, (run.student.backbone, run.student.head))
+        utils.announce(run, f"{len(run.images)} images; {args.arch} with {backbone} M parameters and a head "
+                       f"with {head} M", distributed.world_size())
+    elif first:
+        print(f"the run in {folder} is finished, after {run.epoch} epochs", flush=True)
     if run.epoch == args.epochs and curves.exists():
         return
     log = utils.RunLog(folder, (run.epoch, run.step), run.steps) if first else None
@@ -502,20 +503,6 @@ def train(args, device, criterion=None):
         export_backbone(run.eval_backbone, run.description, folder / "backbone.safetensors")
         draw_curves({folder.resolve().name: log.records}, curves)  # last: it tells that the run is finished
         print(f"backbone: {folder / 'backbone.safetensors'}\ncurves: {curves}", flush=True)
-
-
-def announce(run):
-    args, student = run.args, run.student
-    if run.epoch == args.epochs:
-        return print(f"the run in {args.output_dir} is finished, after {run.epoch} epochs", flush=True)
-    print(f"{len(run.images)} images; {args.arch} with {utils.millions(student.backbone)} M parameters and a "
-          f"head with {utils.millions(student.head)} M; {distributed.world_size()} x {run.device}, "
-          f"{run.amp_dtype or torch.float32}; {run.steps} steps per epoch of {run.images_per_step} images\n"
-          f"from epoch {run.epoch + 1}, step {run.step + 1}, to epoch {args.epochs}; {args.output_dir}",
-          flush=True)
-    if args.warmup_epochs > args.epochs:
-        print(f"note: --warmup_epochs {args.warmup_epochs:g} outlasts --epochs {args.epochs}; the learning "
-              "rate ends below its peak", flush=True)
 
 
 if __name__ == "__main__":

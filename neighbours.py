@@ -19,6 +19,7 @@ MAX_PAIRS = 10 ** 6      # pairs that a rank may find
 
 
 @torch.no_grad()
+@exact_products()
 def nearest_rows(bank, queries, k):
     """Cosines (float32) and bank indices of each query's k <= N nearest rows, nearest first: [Q, k] each.
     The search runs on the device of the queries."""
@@ -26,7 +27,7 @@ def nearest_rows(bank, queries, k):
     cos = queries.new_full((len(queries), k), -2.0)
     index = torch.zeros_like(cos, dtype=torch.int64)
     size = max(1, MAX_ELEMENTS // max(QUERY_CHUNK, bank.shape[1]))
-    with exact_products(), torch.autocast(queries.device.type, enabled=False):
+    with torch.autocast(queries.device.type, enabled=False):
         for start in range(0, len(bank), size):
             rows = _unit_rows(bank[start:start + size].to(queries.device))
             for chunk, best, nearest in zip(*(tensor.split(QUERY_CHUNK) for tensor in (queries, cos, index))):
@@ -38,24 +39,24 @@ def nearest_rows(bank, queries, k):
 
 
 @torch.no_grad()
+@exact_products()
 def similar_pairs(features, threshold, device="cpu"):
     """Cosines [P] and indices [P, 2], i < j, of all pairs of rows of [N, D] with a cosine above the threshold
     (>= 0), by falling cosine. Ranks share the work and all have the result. UserError above MAX_PAIRS."""
     starts = range(0, len(features), PAIR_BLOCK)
     own = distributed.share(starts)
     cosines, pairs, count = [torch.empty(0)], [torch.empty(0, 2, dtype=torch.int64)], 0
-    with exact_products():
-        for i in utils.progress(own, 0, len(own), "pairs"):
-            rows = _unit_rows(features[i:i + PAIR_BLOCK].to(device))
-            for j in starts[i // PAIR_BLOCK:]:
-                cos = rows @ _unit_rows(features[j:j + PAIR_BLOCK].to(device)).T                    # [n, m]
-                cos = cos.triu_(1) if i == j else cos
-                above = (cos > threshold).nonzero()                                                 # [p, 2]
-                if (count := count + len(above)) > MAX_PAIRS:
-                    raise utils.UserError(f"more than {MAX_PAIRS:,} pairs have a cosine above {threshold:g}; "
-                                          "ask for a higher one")
-                cosines.append(cos[tuple(above.T)].cpu())
-                pairs.append(above.cpu() + torch.tensor([i, j]))
+    for i in utils.progress(own, 0, len(own), "pairs"):
+        rows = _unit_rows(features[i:i + PAIR_BLOCK].to(device))
+        for j in starts[i // PAIR_BLOCK:]:
+            cos = rows @ _unit_rows(features[j:j + PAIR_BLOCK].to(device)).T                        # [n, m]
+            cos = cos.triu_(1) if i == j else cos
+            above = (cos > threshold).nonzero()                                                     # [p, 2]
+            if (count := count + len(above)) > MAX_PAIRS:
+                raise utils.UserError(f"more than {MAX_PAIRS:,} pairs have a cosine above {threshold:g}; "
+                                      "ask for a higher one")
+            cosines.append(cos[tuple(above.T)].cpu())
+            pairs.append(above.cpu() + torch.tensor([i, j]))
     cosines, pairs = (distributed.gather_uneven(torch.cat(parts)) for parts in (cosines, pairs))
     order = (pairs[:, 0] * len(features) + pairs[:, 1]).argsort()  # ties do not depend on the number of ranks
     order = order[cosines[order].argsort(stable=True, descending=True)]

@@ -356,6 +356,14 @@ def stream_seed(*keys: int) -> int:
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def steps_per_epoch(images: int, images_per_step: int, flags: str) -> int:
+    """Steps without a last, smaller one. UserError, which names the flags to lower, if there are none."""
+    if images_per_step > images:
+        raise UserError(f"a step takes {images_per_step} images, more than the {images} of the data set; lower "
+                        f"{flags}")
+    return images // images_per_step
+
+
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, start: int = 0):
     """Yields index batches [batch_size] of an epoch's random order of `count` images, from batch `start` on,
     without a last, smaller one. The order depends on seed and epoch alone."""
@@ -380,21 +388,29 @@ def replace_file(path: Path, write, mode: str = "w") -> None:
     """Lets `write(file)` fill a temporary file, then renames it: `path` holds the old or the new content,
     whole. Text is UTF-8, with names of files as they are. UserError if that fails."""
     temporary = path.with_name(path.name + ".partial")
+    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
     try:
-        text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-        with open(temporary, mode, **text) as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
+        with writing_to(path):
+            with open(temporary, mode, **text) as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
-        # torch.save raises a RuntimeError while it handles the OSError
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
+
+
+@contextlib.contextmanager
+def writing_to(place: Path):
+    """Names the file or folder in errors of writing, whose own texts do not: a full disk's, say."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError while it handles the OSError
+        cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise UserError(f"cannot write {path}: {reason(cause)}. Its former content, if any, is intact. Make "
-                        "room there, or make it writable, then run the same command again") from error
+        raise UserError(f"cannot write to {place}: {reason(cause)}. What it held is intact. Make room there, "
+                        "or make it writable, then run the same command again") from error
 
 
 def save_checkpoint(state: dict, path: Path) -> None:
@@ -507,8 +523,10 @@ class Interruption:
         self.signal = sig
         signal.signal(sig, signal.SIG_DFL)
 
-    def exit(self, message: str):
-        print(message, file=sys.stderr, flush=True)
+    def exit(self, run):
+        """Ends the process, after a checkpoint of `run`."""
+        place = f"step {run.step}/{run.steps} of epoch {run.epoch + 1}" if run.step else f"epoch {run.epoch}"
+        print(f"saved after {place}; the same command resumes", file=sys.stderr, flush=True)
         sys.exit(128 + (self.signal or signal.SIGTERM))  # None: the signal went to another rank
 
 
@@ -520,6 +538,18 @@ SHORT = {"train_loss": "loss", "train_lr": "lr", "lr": "lr/256", "train_wd": "wd
          "seconds": "sec", "knn_acc@1": "knn@1", "knn_acc@5": "knn@5", "test_loss": "t_loss",
          "test_acc1": "acc@1", "test_acc5": "acc@5", "test_class_acc1": "class@1"}
 NARROW = ("epoch", "step", "positive", "negative", "a", "b", "alpha")
+
+
+def announce(run, what: str, processes: int = 1) -> None:
+    """Says before the first step what is trained on what, from where to where, on the screen."""
+    import torch
+    args = run.args
+    print(f"{what}; {processes} x {run.device}, {run.amp_dtype or torch.float32}\n"
+          f"from epoch {run.epoch + 1}, step {run.step + 1}, to epoch {args.epochs}; {run.steps} steps per epoch "
+          f"of {run.images_per_step} images; {args.output_dir}", flush=True)
+    if args.warmup_epochs > args.epochs:
+        print(f"note: --warmup_epochs {args.warmup_epochs:g} outlasts --epochs {args.epochs}; the learning "
+              "rate ends below its peak", flush=True)
 
 
 class RunLog:
@@ -569,16 +599,6 @@ class RunLog:
         shown = record | {"epoch": record["epoch"] + 1}  # people count from 1
         texts = [format_value(shown.get(name), _width(name)).rjust(_width(name)) for name in self.columns]
         print(" ".join(texts), flush=True)
-
-
-@contextlib.contextmanager
-def writing_to(place: Path):
-    """Names the file or folder in errors of writing, whose own texts do not: a full disk's, say."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write to {place}: {reason(error)}. Make room there, or make it writable, "
-                        "then run the same command again") from error
 
 
 def _thread_error(args) -> None:

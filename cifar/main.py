@@ -119,10 +119,9 @@ class Run:
         self.data_checksum = [len(self.data.train), self.data.train.sum(dtype=torch.int64).item()]
         self.augment = SimCLRAugmentation(self.data.train.shape[-1], args.crop_scale)
         self.description = Description(f"cifar/{args.arch}", None, self.augment.size, CIFAR_MEAN, CIFAR_STD)
-        self.steps = len(self.data.train) // (args.batch_size * args.accum_iter)  # per epoch
-        if self.steps == 0:
-            raise UserError(f"a batch of {args.batch_size} x {args.accum_iter} images is larger than the "
-                            f"data set of {len(self.data.train)}; lower --batch_size or --accum_iter")
+        self.images_per_step = args.batch_size * args.accum_iter
+        self.steps = utils.steps_per_epoch(len(self.data.train), self.images_per_step,
+                                           "--batch_size or --accum_iter")
         self.optimizer = torch.optim.AdamW([
             {"params": list(self.model.parameters()), "lr": args.lr, "weight_decay": args.weight_decay},
             *self.criterion.param_groups(args.weights_lr)], fused=self.device.type in ("cpu", "cuda"))
@@ -186,8 +185,7 @@ def train_one_epoch(run, save, interruption):
         if due or interrupted:
             save()
         if interrupted:
-            interruption.exit(f"saved after step {run.step}/{run.steps} of epoch {run.epoch + 1}; the same "
-                              "command resumes")
+            interruption.exit(run)
 
 
 def set_learning_rates(run, step):
@@ -231,12 +229,12 @@ def make_record(run):
     evaluation = evaluate(run)
     loss, positive, negative = (run.sums / run.steps).tolist() if trained else 3 * [None]
     weights = {name: x.item() for name, x in run.criterion.named_parameters() if name in ("a", "b", "alpha")}
-    images = run.step * run.args.batch_size * run.args.accum_iter
     run.seconds += run.epoch_seconds + time.monotonic() - started
     return {"epoch": run.epoch if trained else -1, "train_loss": loss, **evaluation,
             "positive": positive, "negative": negative, **weights,
             "train_lr": run.optimizer.param_groups[0]["lr"] if trained else None,
-            "images_per_s": images / run.epoch_seconds if trained else None, "seconds": run.seconds}
+            "images_per_s": run.step * run.images_per_step / run.epoch_seconds if trained else None,
+            "seconds": run.seconds}
 
 
 def train_epochs(run, checkpoint, log):
@@ -258,7 +256,7 @@ def train_epochs(run, checkpoint, log):
             run.sums.zero_()
             save()
             if interruption.signal:
-                interruption.exit(f"saved after epoch {run.epoch}; the same command resumes")
+                interruption.exit(run)
 
 
 def train(args, data: ImageData | None = None, criterion: torch.nn.Module | None = None):
@@ -282,25 +280,15 @@ def train(args, data: ImageData | None = None, criterion: torch.nn.Module | None
         elif args.init_weights:
             init_backbones([run.model.backbone], args.init_weights, run.description)
         if run.epoch < args.epochs:
-            print(describe(run), flush=True)
+            backbone, head = map(utils.millions, (run.model.backbone, run.model.head))
+            utils.announce(run, f"{args.dataset}: {len(run.data.train)} images; {args.arch} with {backbone} M "
+                           f"parameters and a head with {head} M")
             log = utils.RunLog(folder, (run.epoch, run.step), table=f"{folder.name}_statistics.csv")
             train_epochs(run, checkpoint, log)
             log.board.close()  # else each run of a study leaves a thread and an open file
             return run, log.records
         print(f"the run in {folder} is finished, after {run.epoch} epochs")
         return run, utils.read_records(folder / "log.txt")
-
-
-def describe(run):
-    """The lines on the screen before the first epoch."""
-    args, backbone, head = run.args, *map(utils.millions, (run.model.backbone, run.model.head))
-    lines = [f"{args.dataset}: {len(run.data.train)} images, {run.steps} steps per epoch; {args.arch}: "
-             f"{backbone} M parameters, head: {head} M; {run.device}, {run.amp_dtype or torch.float32}",
-             f"from epoch {run.epoch + 1}, step {run.step + 1}, to epoch {args.epochs}, in {args.output_dir}"]
-    if args.warmup_epochs > args.epochs:
-        lines.append(f"note: --warmup_epochs {args.warmup_epochs:g} outlasts --epochs {args.epochs}: the "
-                     "learning rate ends below its peak")
-    return "\n".join(lines)
 
 
 def main(argv=None):

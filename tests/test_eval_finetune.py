@@ -223,7 +223,7 @@ def test_scores_are_those_of_their_formulas():
 
 @pytest.mark.parametrize("arguments, words", [
     (["--batch_size_per_gpu", "5"], "--batch_size_per_gpu must be even"),
-    (["--batch_size_per_gpu", "22"], "a batch of 22 images is larger than the training set of 21"),
+    (["--batch_size_per_gpu", "22"], "a step takes 22 images, more than the 21"),
     (["--rand_augment", "strong"], "timm knows no --rand_augment strong"),
     (["--shots", "2", "--fraction", "0.1"], "--fraction: not allowed with argument --shots"),
     (["--shots", "17"], "6 training images of class"),

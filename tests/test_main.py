@@ -287,7 +287,7 @@ def test_help_does_not_import_torch():
 @pytest.mark.parametrize("arguments, message", [
     ("--data_path /nowhere", "No such file or directory: /nowhere"),
     ("--data_path IMAGES", "holds test images too; give --data_path"),
-    ("--batch_size_per_gpu 64", "more than the data set's 21"),
+    ("--batch_size_per_gpu 64", "more than the 21"),
     ("--batch_size_per_gpu 1", "--batch_size_per_gpu: must be a whole number from 2"),
     ("--preset released-imagenet --teacher none", "leave --teacher none out"),
     ("--views 4", "--views cannot be used with a teacher"),

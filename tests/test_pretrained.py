@@ -185,4 +185,4 @@ def test_no_file_of_a_worker_outlives_its_batch():
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
 def test_a_full_disk_is_named_with_the_record():
     message = refusal(write_record, {"top1": 1.0}, Path("/dev/full"))
-    assert message.startswith("cannot write to /dev/full: No space left on device. Make room there")
+    assert message.startswith("cannot write to /dev/full: No space left on device. What it held")

@@ -189,9 +189,8 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, end):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         utils.save_checkpoint({"x": torch.zeros(50_000)}, path)
     for kept in (False, True):
-        assert end(fill) == (2, f"error: cannot write {path}: File too large. Its former content, if any, is "
-                                "intact. Make room there, or make it writable, then run the same command "
-                                "again\n")
+        assert end(fill) == (2, f"error: cannot write to {path}: File too large. What it held is intact. Make "
+                                "room there, or make it writable, then run the same command again\n")
         assert not kept or utils.load_checkpoint(path) == {"x": 1}
         assert list(tmp_path.iterdir()) == [path] * kept
         utils.save_checkpoint({"x": 1}, path)
@@ -349,8 +348,8 @@ def test_a_full_disk_at_the_start_is_one_line_too(tmp_path, end, monkeypatch):
     monkeypatch.setattr(RecordWriter, "write", lambda self, data: raises(FULL)())  # called in a thread
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)         # pytest's is silent
     assert end(lambda: utils.RunLog(tmp_path, (0, 0))) == (
-        2, f"error: cannot write to {tmp_path}: {FULL.strerror}. Make room there, or make it writable, "
-           "then run the same command again\n")
+        2, f"error: cannot write to {tmp_path}: {FULL.strerror}. What it held is intact. Make room there, "
+           "or make it writable, then run the same command again\n")
 
 
 def test_two_learning_rates_have_columns_of_their_own(tmp_path, capsys):
