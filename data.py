@@ -76,6 +76,36 @@ class LabelledImages(torch.utils.data.Dataset):
         return zlib.crc32(repr([(files[i], label) for i, label in zip(self.indices, self.targets)]).encode())
 
 
+class SeededViews(torch.utils.data.Dataset):
+    """Random views of labelled images by (index, seed): item (transform(image), label), the same on any rank
+    and worker. The transform may draw from the global generators of Python, NumPy and torch."""
+
+    def __init__(self, images: LabelledImages, transform):
+        self.images, self.transform = images, transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]):
+        index, seed = key
+        image, label = self.images[index]
+        utils.seed_all(seed)
+        return self.transform(image), label
+
+
+def make_loader(dataset, device: torch.device, num_workers: int, **batching) -> torch.utils.data.DataLoader:
+    """A DataLoader for `device`. batching: its arguments that say what a batch is."""
+    return torch.utils.data.DataLoader(dataset, num_workers=num_workers, pin_memory=device.type == "cuda",
+                                       worker_init_fn=utils.ignore_group_signals, **batching)
+
+
+def seeded_loader(dataset, batches, stream: tuple[int, ...], device: torch.device, num_workers: int):
+    """Loads the items (index, seed) of each of `batches` of indices [b]; stream: of the seeds, see
+    `utils.stream_seed`."""
+    keys = ([(index, utils.stream_seed(*stream, index)) for index in batch.tolist()] for batch in batches)
+    return make_loader(dataset, device, num_workers, batch_sampler=keys)
+
+
 class ClassFolders:
     """The images of a folder that has a folder for each class."""
 

@@ -169,9 +169,10 @@ def main(argv=None):
 
     def batches(folder, files):
         images = Images(folder, files, description, args.skip_bad_images)
-        for features, decoded in pretrained.feature_batches(
-                backbone, images, device, args.batch_size_per_gpu, args.num_workers,
-                utils.select_amp(args.amp, device)):
+        loader = data.make_loader(images, device, args.num_workers, batch_size=args.batch_size_per_gpu)
+        loader = utils.progress(loader, 0, len(loader), "features", quiet=distributed.rank() > 0)
+        for features, decoded in pretrained.feature_batches(backbone, loader, device,
+                                                            utils.select_amp(args.amp, device)):
             yield features * decoded.to(device)[:, None]
 
     features = features_of_folder(args, files, backbone, description, batches)

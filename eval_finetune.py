@@ -13,7 +13,6 @@ timm.create_model(NAME, num_classes=C, checkpoint_path=...) and the other script
 """
 import functools
 import math
-import random
 import time
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -66,7 +65,6 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     utils.check_flags(parse_args)
 
-import numpy as np  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -76,7 +74,6 @@ from timm.layers import convert_sync_batchnorm  # noqa: E402
 from timm.optim import param_groups_layer_decay  # noqa: E402
 from timm.utils import ModelEmaV3  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
-from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
 import data  # noqa: E402
 import distributed  # noqa: E402
@@ -87,37 +84,21 @@ from vision_transformer import ResNet, VisionTransformer  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------ build
 
-class TrainingImages(Dataset):
-    """Random views, float [3, S, S], and labels, by (index, seed): the same on any rank and worker."""
-
-    def __init__(self, images: data.LabelledImages, description: pretrained.Description, args):
-        self.images = images
-        try:
-            self.transform = create_transform(
-                description.image_size, is_training=True, scale=args.crop_scale, color_jitter=None,
-                auto_augment=None if args.rand_augment == "none" else args.rand_augment,
-                interpolation="bicubic", re_prob=args.erasing, re_mode="pixel", mean=description.mean,
-                std=description.std)
-        except (AssertionError, KeyError, ValueError) as error:
-            raise UserError(f"timm knows no --rand_augment {args.rand_augment}; one is rand-m9-mstd0.5-inc1, "
-                            "or none") from error
-        for step in self.transform.transforms:
-            if isinstance(step, RandAugment):
-                keep_one_bit(step)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, key: tuple[int, int]):
-        index, seed = key
-        image, label = self.images[index]
-        seed_all(seed)
-        return self.transform(image), label
-
-
-def seed_all(seed: int) -> None:
-    """Seeds the three generators that timm draws from."""
-    random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)
+def augmentation(description: pretrained.Description, args):
+    """timm's, of training images: PIL image -> [3, S, S]."""
+    try:
+        transform = create_transform(
+            description.image_size, is_training=True, scale=args.crop_scale, color_jitter=None,
+            auto_augment=None if args.rand_augment == "none" else args.rand_augment,
+            interpolation="bicubic", re_prob=args.erasing, re_mode="pixel", mean=description.mean,
+            std=description.std)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(f"timm knows no --rand_augment {args.rand_augment}; one is rand-m9-mstd0.5-inc1, or "
+                        "none") from error
+    for step in transform.transforms:
+        if isinstance(step, RandAugment):
+            keep_one_bit(step)
+    return transform
 
 
 def add_classifier(backbone: torch.nn.Module, num_labels: int) -> None:
@@ -151,7 +132,7 @@ class Run:
         test.transform = data.eval_transform(description.image_size, description.mean, description.std)
         self.num_labels = data.count_labels(args.num_labels, train, test)
         rows = data.choose_subset(torch.tensor(train.targets), args.shots, args.fraction, args.seed).tolist()
-        self.train, self.test = TrainingImages(train.subset(rows), description, args), test
+        self.train, self.test = data.SeededViews(train.subset(rows), augmentation(description, args)), test
         self.fingerprint = [pretrained.checksum(model), len(rows), train.checksum(), test.checksum()]
         self.images_per_step = args.batch_size_per_gpu * distributed.world_size()
         self.peak_lr = args.lr * self.images_per_step / 256
@@ -197,16 +178,15 @@ class Run:
             setattr(self, name, state[name])
 
 
-def make_loader(run: Run) -> DataLoader:
+def make_loader(run: Run):
     """This rank's part of the batches left of the epoch. Mixup blends row i of a batch with row -1 - i; a
     rank takes both, so that any number of ranks blends the same images."""
     args, size = run.args, run.images_per_step
     upper = distributed.share(range(size // 2))
     own = [*upper, *(size - 1 - row for row in reversed(upper))]
-    keys = ([(index, utils.stream_seed(args.seed, run.epoch, index)) for index in batch[own].tolist()]
-            for batch in utils.epoch_batches(len(run.train), size, args.seed, run.epoch, run.step))
-    return DataLoader(run.train, batch_sampler=keys, num_workers=args.num_workers,
-                      pin_memory=run.device.type == "cuda", worker_init_fn=utils.leave_group)
+    batches = utils.epoch_batches(len(run.train), size, args.seed, run.epoch, run.step)
+    return data.seeded_loader(run.train, (batch[own] for batch in batches), (args.seed, run.epoch), run.device,
+                              args.num_workers)
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -223,7 +203,7 @@ def train_one_epoch(run: Run, save, interruption: utils.Interruption) -> None:
         lr = utils.cosine_schedule(at, total, run.peak_lr, args.min_lr, warmup)
         for group in run.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        seed_all(utils.stream_seed(args.seed, run.epoch, step, 0))         # of mixup, equal on all ranks
+        utils.seed_all(utils.stream_seed(args.seed, run.epoch, step, 0))         # of mixup, equal on all ranks
         images, targets = run.mixup(images.to(device), labels.to(device))  # [B, 3, S, S], [B, C]
         torch.manual_seed(utils.stream_seed(args.seed, run.epoch, step, 1, rank))  # of stochastic depth
         with utils.autocast(device, run.amp_dtype):

@@ -267,32 +267,11 @@ def equal_batches(count: int, batch_size: int, seed: int, epoch: int) -> tuple[T
     return torch.randperm(count, generator=generator).tensor_split(steps)
 
 
-class AugmentedImages(torch.utils.data.Dataset):
-    """An epoch's random views, float [3, S, S], and labels, by DINO's augmentation. A view depends on seed,
-    epoch and index alone."""
-
-    def __init__(self, images, description: pretrained.Description, seed: int, epoch: int):
-        self.images, self.seed, self.epoch = images, seed, epoch
-        self.transform = transforms.Compose([
-            transforms.RandomResizedCrop(description.image_size), transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(), transforms.Normalize(description.mean, description.std)])
-
-    def __getitem__(self, index: int):
-        image, label = self.images[index]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(utils.stream_seed(self.seed, CROP, self.epoch, index))
-            return self.transform(image), label
-
-
-def augmented_features(args, network: FrozenFeatures, views: AugmentedImages, batches, device: torch.device):
-    """The batches of `sgd_epoch` for index tensors `batches`: features of augmented images."""
-    shares, amp = [distributed.share(batch).tolist() for batch in batches], utils.select_amp(args.amp, device)
-    loader = torch.utils.data.DataLoader(views, batch_sampler=shares, num_workers=args.num_workers,
-                                         pin_memory=device.type == "cuda", worker_init_fn=utils.leave_group)
-    for (images, labels), batch in zip(loader, batches):
-        with torch.no_grad(), utils.autocast(device, amp):
-            features = network(utils.send(images, device))
-        yield features.float(), labels.to(device), len(batch)
+def augmentation(description: pretrained.Description):
+    """DINO's, of training images: PIL image -> [3, S, S]."""
+    return transforms.Compose([
+        transforms.RandomResizedCrop(description.image_size), transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(), transforms.Normalize(description.mean, description.std)])
 
 
 def sgd_batches(args, network, description, images, fit_set, epoch, device):
@@ -300,22 +279,24 @@ def sgd_batches(args, network, description, images, fit_set, epoch, device):
     augmented images."""
     batch_size = args.batch_size_per_gpu * distributed.world_size()
     rows = equal_batches(len(images), batch_size, args.seed, epoch)
+    own = [distributed.share(row) for row in rows]
     if fit_set:
-        batches = ((*(part[distributed.share(row)] for part in fit_set), len(row)) for row in rows)
+        batches = (tuple(part[row] for part in fit_set) for row in own)
     else:
-        views = AugmentedImages(images, description, args.seed, epoch)
-        batches = augmented_features(args, network, views, rows, device)
+        views = data.SeededViews(images, augmentation(description))
+        loader = data.seeded_loader(views, own, (args.seed, CROP, epoch), device, args.num_workers)
+        batches = pretrained.feature_batches(network, loader, device, utils.select_amp(args.amp, device))
     title, done, total = f"epoch {epoch + 1}/{args.epochs}", epoch * len(rows), args.epochs * len(rows)
-    return utils.progress(batches, done, total, title, quiet=distributed.rank() > 0)
+    batches = utils.progress(batches, done, total, title, quiet=distributed.rank() > 0)
+    return ((features, labels.to(device), len(row)) for (features, labels), row in zip(batches, rows))
 
 
 def fixed_features(args, network: FrozenFeatures, description, images: data.LabelledImages, rows, device):
     """Features [N, F] and labels [N], on every rank, of the images at `rows`, without augmentation."""
     transform = data.eval_transform(description.image_size, description.mean, description.std)
-    features, labels = pretrained.extract_features(
+    return pretrained.extract_features(
         network, images.subset(rows, transform), device, args.batch_size_per_gpu, args.num_workers,
         utils.select_amp(args.amp, device))
-    return features, labels.clone()  # autograd saves no labels that were made in inference mode
 
 
 # ----------------------------------------------------------------------------------------------------- script

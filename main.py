@@ -155,13 +155,13 @@ import torch  # noqa: E402
 from timm.layers import convert_sync_batchnorm, set_fused_attn  # noqa: E402
 from timm.optim import Lars  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
-from torch.utils.data import DataLoader, Dataset  # noqa: E402
+from torch.utils.data import Dataset  # noqa: E402
 
 import distributed  # noqa: E402
 from augmentations import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, MultiCropAugmentation  # noqa: E402
 from cifar.curves import draw_curves  # noqa: E402
 from data import (PRETRAINING, build_dataset, build_splits, eval_transform, image_files,  # noqa: E402
-                  load_image)
+                  load_image, seeded_loader)
 from eval_knn import knn_accuracy  # noqa: E402
 from pretrained import Description, export_backbone, extract_features, init_backbones  # noqa: E402
 from vision_transformer import VIT_ARCHS, MultiCropNet, ProjectionHead, build_backbone  # noqa: E402
@@ -315,10 +315,9 @@ def make_loader(run):
     the seed alone, not on the worker or rank."""
     args, size, done = run.args, run.args.batch_size_per_gpu, run.step * run.args.accum_iter
     own = slice(distributed.rank() * size, (distributed.rank() + 1) * size)
-    keys = ([(index, utils.stream_seed(args.seed, run.epoch, index)) for index in batch[own].tolist()]
-            for batch in utils.epoch_batches(len(run.images), run.batch_size, args.seed, run.epoch, done))
-    return DataLoader(run.images, batch_sampler=keys, num_workers=args.num_workers,
-                      pin_memory=run.device.type == "cuda", worker_init_fn=utils.leave_group)
+    batches = utils.epoch_batches(len(run.images), run.batch_size, args.seed, run.epoch, done)
+    return seeded_loader(run.images, (batch[own] for batch in batches), (args.seed, run.epoch), run.device,
+                         args.num_workers)
 
 
 # --------------------------------------------------------------------------------------------------- training

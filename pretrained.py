@@ -242,25 +242,23 @@ def _load_strictly(backbone, weights, path, advice="Check --arch and --checkpoin
     backbone.load_state_dict(weights, strict=False)
 
 
-@torch.inference_mode()
-def feature_batches(network, images, device, batch_size=128, num_workers=0, amp_dtype=None, title="features"):
-    """Yields features [b, F] in float32, on `device`, and labels [b], batch by batch in order.
+@torch.no_grad()
+def feature_batches(network, loader, device, amp_dtype=None):
+    """Yields features [b, F] in float32, on `device`, and labels [b] for the loader's (images, labels).
 
-    network: images [B, 3, S, S] on `device` -> [B, F], in evaluation mode. images: dataset of (image, label).
-    UserError for images that cannot be decoded, and features that are not finite.
+    network: images [B, 3, S, S] on `device` -> [B, F], in evaluation mode. UserError for images that cannot be
+    decoded, and features that are not finite.
     """
-    loader = torch.utils.data.DataLoader(images, batch_size, num_workers=num_workers,
-                                         pin_memory=device.type == "cuda", worker_init_fn=utils.leave_group)
-    for batch, labels in utils.progress(loader, 0, len(loader), title, quiet=distributed.rank() > 0):
+    for images, labels in loader:
         with utils.autocast(device, amp_dtype):
-            rows = network(utils.send(batch, device)).float()
+            rows = network(utils.send(images, device)).float()
         if not rows.isfinite().all():
             raise UserError("the backbone's features are not finite; its training may have diverged, or "
                             "--amp none may help")
         yield rows, labels
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def extract_features(network, dataset, device, batch_size=128, num_workers=0, amp_dtype=None,
                      title="features", keep_on=None):
     """Features [N, F] in float32 and labels [N] of all images in order, on every rank: see `feature_batches`.
@@ -273,7 +271,9 @@ def extract_features(network, dataset, device, batch_size=128, num_workers=0, am
     own = distributed.share(range(len(dataset)))
     images = torch.utils.data.Subset(dataset, own or range(1))  # the width of the features, if there are none
     features, labels = [], []
-    for rows, targets in feature_batches(network, images, device, batch_size, num_workers, amp_dtype, title):
+    loader = data.make_loader(images, device, num_workers, batch_size=batch_size)
+    loader = utils.progress(loader, 0, len(loader), title, quiet=distributed.rank() > 0)
+    for rows, targets in feature_batches(network, loader, device, amp_dtype):
         features.append(rows.to(keep_on or device))
         labels.append(targets.clone().to(keep_on or device))  # a worker's tensor would keep a file open
     features, labels = torch.cat(features)[:len(own)], torch.cat(labels)[:len(own)]

@@ -8,6 +8,7 @@ import csv
 import json
 import math
 import os
+import random
 import signal
 import socket
 import sys
@@ -364,6 +365,12 @@ def steps_per_epoch(images: int, images_per_step: int, flags: str) -> int:
     return images // images_per_step
 
 
+def seed_all(seed: int) -> None:
+    """Seeds the global generators of Python, NumPy and torch."""
+    import torch
+    random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)
+
+
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, start: int = 0):
     """Yields index batches [batch_size] of an epoch's random order of `count` images, from batch `start` on,
     without a last, smaller one. The order depends on seed and epoch alone."""
@@ -500,9 +507,9 @@ def lock_folder(folder: Path):
     return file
 
 
-def leave_group(worker: int) -> None:
-    """A loader's `worker_init_fn`: a signal to the process group, as from a terminal or launcher, then leaves
-    the workers running until their trainer has saved."""
+def ignore_group_signals(worker: int) -> None:
+    """A DataLoader's `worker_init_fn`: gives the worker a session of its own, so that a signal to the process
+    group, as from a terminal or launcher, reaches the trainer alone, which saves before its workers end."""
     if hasattr(os, "setsid"):
         os.setsid()
 

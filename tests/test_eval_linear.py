@@ -316,28 +316,26 @@ def test_other_runs_are_not_mixed(sets, tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------- the script, on images
 
-def test_augmentation_depends_on_seed_epoch_and_image_alone(images, tmp_path, one_thread):
+def test_augmentation_depends_on_seed_epoch_and_image_alone(images, tmp_path, one_thread, monkeypatch):
     """Not on the worker or rank that makes a view."""
+    streams, seeded_loader = [], data.seeded_loader
+    monkeypatch.setattr(data, "seeded_loader", lambda *args: streams.append(args[2]) or seeded_loader(*args))
     one = run(tmp_path / "one", images=images)
+    assert streams == [(0, eval_linear.CROP, epoch) for epoch in range(len(one[1]))] and len(streams) > 1
     assert_same(run(tmp_path / "workers", "--num_workers", "2", images=images), one)
     for record, other in zip(one[1], run_on_two_ranks(tmp_path, images=images)[1], strict=True):
         assert record == pytest.approx(other, rel=1e-3)
-    dataset = data.build_dataset("folder", images, "train")
-    description = argparse.Namespace(image_size=16, mean=(0.5,) * 3, std=(0.5,) * 3)
-    views = [eval_linear.AugmentedImages(dataset, description, *keys)[index][0]
-             for *keys, index in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
-    assert all(not torch.equal(views[0], view) for view in views[1:])
 
 
 def test_augmentation_is_dinos():
     """Its four transforms, with torchvision's own defaults."""
     mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-    views = eval_linear.AugmentedImages([], argparse.Namespace(image_size=32, mean=mean, std=std), 0, 0)
+    ours = eval_linear.augmentation(argparse.Namespace(image_size=32, mean=mean, std=std))
     dinos = transforms.Compose([transforms.RandomResizedCrop(32), transforms.RandomHorizontalFlip(),
                                 transforms.ToTensor(), transforms.Normalize(mean, std)])
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8))
     for seed in range(5):
-        made = [torch.manual_seed(seed) and transform(image) for transform in (views.transform, dinos)]
+        made = [torch.manual_seed(seed) and transform(image) for transform in (ours, dinos)]
         assert torch.equal(*made)
 
 
