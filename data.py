@@ -5,6 +5,7 @@
 A data set of your own: one line in DATASETS. Its value is called as make(root, split, download=bool), and
 returns what is read by index as (PIL image, label), with `targets`, all labels, and perhaps `classes`, names.
 """
+import io
 import os
 import struct
 import zlib
@@ -150,6 +151,8 @@ def build_dataset(name: str, root: Path | None, split: str, transform=None, down
             raise
         files = getattr(getattr(tv, name.upper(), None), "url", "its files")
         advice = f"unpack {files} in {root} by hand" if download else "add --download to fetch it"
+        if download and not make:
+            advice = "it needs the package datasets, and columns named image and label"
         verb = "download" if download else "read"
         raise UserError(f"cannot {verb} {name} in {root}: {utils.reason(error)}; "
                         f"{advice}, or give class folders with --dataset folder --data_path DIR") from error
@@ -314,4 +317,5 @@ class _HubRows:
         self.rows, self.classes, self.targets = rows, rows.features["label"].names, rows["label"]
 
     def __getitem__(self, index):
-        return self.rows[index]["image"], self.rows[index]["label"]
+        image = self.rows[index]["image"]  # timm leaves images encoded
+        return Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]), self.targets[index]

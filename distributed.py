@@ -102,11 +102,12 @@ def gather_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
     """All `count` items in order, on every rank; `rows` [n, ...] is this rank's `share` of them."""
     if world_size() == 1:
         return rows
-    longest = -(-count // world_size())
-    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(parts, padded)
-    return torch.stack(parts, 1).flatten(0, 1)[:count]
+    gathered = rows.new_empty(count, *rows.shape[1:])
+    for source in range(world_size()):  # one rank's rows after the other's: they may take gigabytes
+        part = rows.contiguous() if source == rank() else torch.empty_like(gathered[source::world_size()])
+        dist.broadcast(part, source)
+        gathered[source::world_size()] = part
+    return gathered
 
 
 def gather_uneven(rows: torch.Tensor) -> torch.Tensor:
@@ -200,14 +201,14 @@ def _variable(name: str, default: int | None) -> int | None:
 def _read_slurm() -> None:
     """Translates srun's variables to those of torch's launchers, which come first."""
     env = os.environ
-    name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
-    if "RANK" in env or "SLURM_PROCID" not in env or (tasks := _variable(name, 1)) == 1:
+    tasks = _variable("SLURM_STEP_NUM_TASKS", 1)  # a batch script's own processes have SLURM_NTASKS alone
+    if "RANK" in env or "SLURM_PROCID" not in env or tasks == 1:
         return
-    hosts = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "localhost"))
+    hosts = env.get("SLURM_STEP_NODELIST", "localhost")
     host = re.match(r"([^\[,]+)(?:\[(\w+))?", hosts)  # the first of a list like gpu[07-09,12],login1
     env.setdefault("MASTER_ADDR", host[1] + (host[2] or ""))
     env.setdefault("MASTER_PORT", str(20000 + _variable("SLURM_JOB_ID", 0) % 20000))  # jobs share hosts
-    counts = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", str(tasks)))
+    counts = env.get("SLURM_STEP_TASKS_PER_NODE", str(tasks))
     nodes = []  # tasks of each node, from a list like 4(x2),3
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
         nodes += [int(count)] * int(times or 1)

@@ -137,6 +137,8 @@ def complete_args(args):
         args.local_crops_number = 0
         if args.preset == "released-imagenet":
             raise UserError("--preset released-imagenet needs a teacher; leave --teacher none out")
+    if args.compile and args.grad_checkpointing and not args.arch.startswith(("vit_", "timm/")):
+        raise UserError("torch cannot compile a ResNet with --grad_checkpointing; leave it or --compile out")
     if args.local_crops_number == 0:
         args.local_crops_size = args.global_crops_size
     args.rand_augment = None if args.rand_augment == "none" else args.rand_augment
@@ -231,7 +233,10 @@ class Run:
         self.steps = utils.steps_per_epoch(len(self.images), self.images_per_step,
                                            "--batch_size_per_gpu or --accum_iter")
         if args.grad_checkpointing:
-            self.student.backbone.set_grad_checkpointing(True)
+            try:
+                self.student.backbone.set_grad_checkpointing(True)
+            except AssertionError as error:  # timm's
+                raise UserError(f"{args.arch} has no --grad_checkpointing; leave it out") from error
         for network in filter(None, (self.student, self.teacher)):
             network.to(device, memory_format=utils.memory_format(network, device, self.amp_dtype))
             if world > 1 and device.type == "cuda":  # torch has no SyncBatchNorm for CPUs
@@ -388,8 +393,9 @@ def set_schedules(run):
     decayed = run.optimizer.param_groups[0]
     decayed["weight_decay"] = utils.cosine_schedule(at, total, args.weight_decay, args.weight_decay_end)
     if args.preset == "released-imagenet":
-        part, first = min(1, run.epoch / max(1, args.warmup_teacher_temp_epochs)), args.warmup_teacher_temp
-        run.criterion.teacher_temp = first + part * (args.teacher_temp - first)
+        first, last, epochs = args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs
+        part = run.epoch / max(1, epochs - 1) if run.epoch < epochs else 1      # DINO's np.linspace
+        run.criterion.teacher_temp = first + part * (last - first)
     return utils.cosine_schedule(at, total, args.momentum_teacher, 1.0)
 
 
@@ -423,7 +429,7 @@ def make_record(run, since_last_log=False):
             "negative": sums["negative"] / steps,
             **{name: p.item() for name, p in run.criterion.named_parameters() if p.ndim == 0},
             "images_per_s": steps * run.images_per_step / seconds, "data_wait": sums["waited"] / seconds,
-            "memory_gb": utils.peak_memory(run.device) / 1e9, "hours_left": left * seconds / steps / 3600,
+            "memory_gb": utils.peak_memory(run.device), "hours_left": left * seconds / steps / 3600,
             **({"skipped": round(sums["skipped"])} if args.skip_bad_images else {})}
 
 

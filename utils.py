@@ -334,13 +334,16 @@ def send(tensor, device):
     return tensor.to(device)
 
 
-def peak_memory(device) -> int:
-    """Peak bytes of tensors on a GPU, or of this process on a CPU."""
+def peak_memory(device) -> float | None:
+    """Peak GB of tensors on a GPU, or of this process on a CPU; None where the system does not tell."""
     if device.type == "cuda":
         import torch
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e9 / 1024)
 
 
 def millions(network) -> str:

@@ -1,4 +1,5 @@
 """Class folders, labelled sets by name, and the reader of image files, on what people's data look like."""
+import io
 import os
 import re
 import shutil
@@ -236,7 +237,7 @@ def test_checksums_tell_sets_apart(images, tmp_path):
         "folder", images, "train").targets and checksum() != expected
 
 
-def test_sets_of_the_hugging_face_hub(monkeypatch):
+def test_sets_of_the_hugging_face_hub(monkeypatch, tmp_path):
     class Rows(list):
         features = {"label": SimpleNamespace(names=["cat", "dog"])}
 
@@ -247,7 +248,13 @@ def test_sets_of_the_hugging_face_hub(monkeypatch):
         if split == "test":
             raise ValueError("Unknown split")
         values = (3, 4, 5)[split == "validation":]
-        rows = Rows({"image": Image.new("L", (8, 8), value), "label": value % 2} for value in values)
+        rows = Rows()
+        for value in values:
+            Image.new("L", (8, 8), value).save(file := io.BytesIO(), "PNG")
+            path = tmp_path / f"{value}.png"
+            path.write_bytes(file.getvalue())
+            known = {"bytes": None, "path": str(path)} if value == 3 else {"bytes": file.getvalue(), "path": None}
+            rows.append({"image": known, "label": value % 2})                      # as timm leaves them
         return SimpleNamespace(reader=SimpleNamespace(dataset=rows))
     monkeypatch.setattr(timm.data, "create_dataset", create)
     train, test = data.build_splits("hfds/x", None, lambda image: image.getpixel((0, 0)), download=True)

@@ -28,7 +28,8 @@ PAIR = {"WORLD_SIZE": "2", "RANK": "0"}
     ({"WORLD_SIZE": "x"}, "env://", "WORLD_SIZE='x' is no whole number"),
     ({"WORLD_SIZE": "2", "RANK": "2"}, "env://", "RANK=2 contradict"),
     (PAIR, "env://", "do not meet.*MASTER_"),
-    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "x"}, "env://", "SLURM_NTASKS='x' is no whole number"),
+    ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "x"}, "env://",
+     "SLURM_STEP_NUM_TASKS='x' is no whole number"),
     (PAIR | {"MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "1"}, "env://",
      "cannot resolve host 'nowhere.invalid'; check"),
     (PAIR, "file:///nowhere/x/meet", "no folder /nowhere/x"), (PAIR, "nonsense", "do not meet at nonsense"),
@@ -94,19 +95,19 @@ def test_a_host_that_others_cannot_reach(environment, monkeypatch, other, addres
     assert store.get("host of rank 0") == b"here"
 
 
-TASK = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
+TASK = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}
 
 
 @pytest.mark.parametrize("given, expected", [
-    ({"SLURM_PROCID": "9", "SLURM_NTASKS": "11", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "41",
-      "SLURM_STEP_NODELIST": "gpu[07-09,12],login", "SLURM_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "2"},
+    ({"SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "11", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "41",
+      "SLURM_STEP_NODELIST": "gpu[07-09,12],login", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "2"},
      {"RANK": "9", "WORLD_SIZE": "11", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "gpu07",
       "MASTER_PORT": "20041"}),
-    (TASK | {"SLURM_JOB_NODELIST": "node-1,node-2", "MASTER_PORT": "5", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"},
+    (TASK | {"SLURM_STEP_NODELIST": "node-1,node-2", "MASTER_PORT": "5", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"},
      {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "node-1",
       "MASTER_PORT": "5"}),
-    (TASK | {"SLURM_NTASKS": "1"}, {}),  # one task: no group
-    (TASK | {"SLURM_STEP_NUM_TASKS": "1"}, {}),  # one of a larger job
+    (TASK | {"SLURM_STEP_NUM_TASKS": "1"}, {}),  # one task: no group
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, {}),  # in a batch script, without srun
     (TASK | {"RANK": "1", "WORLD_SIZE": "4"}, {"RANK": "1", "WORLD_SIZE": "4"})])  # torchrun in a job
 def test_what_slurm_says(environment, given, expected):
     environment(**given)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import interrupt
 import main
 import matplotlib.pyplot  # noqa: F401  (for the forks, which then need not import it)
+import numpy as np
 import pytest
 import torch
 import torch.utils.tensorboard  # noqa: F401
@@ -161,7 +162,7 @@ def test_contradictions_on_resume(images, finished, tmp_path):
 
 @pytest.mark.parametrize("batch, steps, variables", [
     (6, "1", ("RANK", "WORLD_SIZE", "LOCAL_RANK")),
-    (4, "2", ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))])
+    (4, "2", ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))])
 def test_two_ranks_equal_one_at_the_same_global_batch(images, tmp_path, batch, steps, variables):
     """Started as torchrun or as Slurm starts them."""
     # SGD: Adam would blow up the rounding of gradients that are 0 by right, such as those of the keys' biases
@@ -301,6 +302,8 @@ def test_help_does_not_import_torch():
     ("--global_crops_size 20", "20 is no multiple of the patch size 8"),
     ("--local_crops_size 20", "vit_tiny takes no crops of 20 pixels: "),
     ("--arch timm/mixer_s32_224", "timm/mixer_s32_224 takes no crops of"),
+    ("--arch timm/selecsls42 --grad_checkpointing", "timm/selecsls42 has no --grad_checkpointing"),
+    ("--arch resnet18 --grad_checkpointing --compile", "cannot compile a ResNet with --grad_checkpointing"),
     ("--global_crops_scale 0.9 0.1", "--global_crops_scale needs 0 < MIN <= MAX <= 1"),
     ("--blur_sigma 0.1 inf", "--blur_sigma needs 0 < MIN <= MAX <= 1000"),
     ("--rand_augment strong", "timm knows no RandAugment 'strong'"),
@@ -440,13 +443,13 @@ def test_schedules_at_their_edges(images, tmp_path):
 
 def test_the_released_objective_and_its_temperature(images, tmp_path):
     run = make_run(images, tmp_path, "--preset", "released-imagenet", "--teacher_temp", "0.1",
-                   "--warmup_teacher_temp_epochs", "2")
+                   "--warmup_teacher_temp_epochs", "3")
     assert run.args.erasing == 0.2 and run.images.crop.rand_augment and len(run.optimizer.param_groups) == 2
     temperatures = []
     for run.epoch in range(4):
         main.set_schedules(run)
         temperatures.append(run.criterion.teacher_temp)
-    assert temperatures == pytest.approx([0.04, 0.07, 0.1, 0.1])
+    assert temperatures == pytest.approx([*np.linspace(0.04, 0.1, 3), 0.1])       # DINO's
     assert step(run) > 50                                                          # (h - 10)^2 with h near 0
 
 
