@@ -21,9 +21,10 @@ Wen, Lyu; NeurIPS 2016). (1) needs the first two moments of the cosine over pair
     sum_ij (q_i . k_j)^2  = < Q^T Q , K^T K >_F
 
 So the objective over all pairs costs O(n D^2) time and O(D^2) memory without an n x n matrix, and one
-all-reduce over ranks. Where D is larger than the number of views, or over R ranks than 512 and 16 R, matrices
-of cosines are taken, over ranks from gathered rows.
-Every rank holds the whole objective, whose gradient is DistributedDataParallel's mean over ranks.
+all-reduce over ranks. The matrix of cosines is taken instead where it is cheaper: in one process where D
+exceeds the number of views; over R ranks, from embeddings gathered from all, where D exceeds max(512, 16 R).
+Every rank computes the whole objective; the mean of gradients over ranks, as of DistributedDataParallel, is
+its exact gradient.
 
 With a temperature T, the margin term faces the hardest negatives (partial AUC) instead of their mean E-[h]:
 
@@ -119,20 +120,20 @@ def symmetric_moments(*views: Tensor, gather: bool = True, gram: bool | None = N
     """
     n, v, z = len(views[0]), len(views), torch.cat(views)  # z: [V n, D]
     positives = torch.cat([(x * y).sum(1) for x, y in itertools.combinations(views, 2)])
-    own = torch.stack([positives.sum(), positives @ positives])  # [2]
+    positives = torch.stack([positives.sum(), positives @ positives])  # [2]
     if _takes_gram(*z.shape, gather, gram):
-        count, own, total, square = _sum_over_ranks(n, own, *_Sums.apply(z), gather=gather)
+        count, positives, total, square = _sum_over_ranks(n, positives, *_Sums.apply(z), gather=gather)
         pairs = torch.stack([total @ total, square.flatten() @ square.flatten()])
         selves = square.detach().trace()  # sum of |z_i|^2
     else:
         cosines = _Products.apply(z, _gather_rows(z, gather))  # [V n, V count]
         pairs = torch.stack([cosines.sum(), cosines.square().sum()])
         selves = z.detach().square().sum()
-        count, own, pairs, selves = _sum_over_ranks(n, own, pairs, selves, gather=gather)
+        count, positives, pairs, selves = _sum_over_ranks(n, positives, pairs, selves, gather=gather)
     # Ordered pairs within one image: its positives twice, and each view with itself: 1, or 0 for a zero row.
-    within = 2 * own + selves
+    within = 2 * positives + selves
     couples, negatives = count * (v * (v - 1) // 2), v * count - v
-    return PairMoments(*(own / couples), *((pairs - within) / (v * count * negatives)), negatives)
+    return PairMoments(*(positives / couples), *((pairs - within) / (v * count * negatives)), negatives)
 
 
 def teacher_student_moments(teacher: Tensor, student: Tensor, gather: bool = True,
@@ -149,24 +150,25 @@ def teacher_student_moments(teacher: Tensor, student: Tensor, gather: bool = Tru
     teacher = teacher.detach()
     other = 1 - torch.eye(u, v, dtype=teacher.dtype, device=teacher.device)  # [U, V]: 0 for the same view
     positives = _Products.apply(teacher.transpose(0, 1), student.transpose(0, 1)) * other  # [n, U, V]
-    own = torch.stack([positives.sum(), positives.square().sum()])
+    positives = torch.stack([positives.sum(), positives.square().sum()])  # [2]
 
     if _takes_gram(u * v / (u + v) * n, dim, gather, gram):
         # A teacher's view skips one global view, so these are summed one by one; all local views together.
         parts = *student[:u], student[u:].flatten(0, 1)
         sums, grams = map(torch.stack, zip(*(_Sums.apply(part) for part in parts)))
-        count, own, t_sums, t_grams, s_sums, s_grams = _sum_over_ranks(  # [U, D], [U, D, D]; U + 1 of each
-            n, own, teacher.sum(1), teacher.mT @ teacher, sums, grams, gather=gather)
+        # t_sums: [U, D], t_grams: [U, D, D]; s_sums, s_grams: U + 1 of each
+        count, positives, t_sums, t_grams, s_sums, s_grams = _sum_over_ranks(
+            n, positives, teacher.sum(1), teacher.mT @ teacher, sums, grams, gather=gather)
         other = torch.cat([other[:, :u], other.new_ones(u, 1)], 1)  # [U, U + 1]
         pairs = torch.stack([(other * _Products.apply(t_sums, s_sums)).sum(),
                              (other * _Products.apply(t_grams.flatten(1), s_grams.flatten(1))).sum()])
     else:
         cosines = _cosines(_gather_rows(teacher, gather), student) * other[:, :, None, None]
         pairs = torch.stack([cosines.sum(), cosines.square().sum()])
-        count, own, pairs = _sum_over_ranks(n, own, pairs, gather=gather)
+        count, positives, pairs = _sum_over_ranks(n, positives, pairs, gather=gather)
 
     anchors, negatives = u * (v - 1) * count, count - 1  # anchors: over all couples
-    return PairMoments(*(own / anchors), *((pairs - own) / (anchors * negatives)), negatives)
+    return PairMoments(*(positives / anchors), *((pairs - positives) / (anchors * negatives)), negatives)
 
 
 def negative_cosines(anchors, others, same_view: bool = False):
@@ -303,7 +305,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 def _scale_gradient(x: Tensor, factor) -> Tensor:
     """x itself, with its gradient multiplied by the factor."""
-    return torch.lerp(x.detach(), x, factor)
+    return torch.lerp(x.detach(), x, factor)  # the value is x + factor (x - x), and only the second x is live
 
 
 def _check_views(views, dims: int, world: int = 1) -> None:
@@ -423,7 +425,7 @@ class AUCCLLoss(nn.Module):
         self.margin, self.score, self.gather, self.temperature = float(margin), score, gather, temperature
         self.negative_weight, self.margin_negative_weight = negative_weight, margin_negative_weight
         self.fourth_moment = fourth_moment
-        self._takes_own_pairs = temperature is not None or fourth_moment > 0
+        self._takes_local_pairs = temperature is not None or fourth_moment > 0
         if temperature is not None:
             self.register_buffer("u", torch.tensor(math.nan))  # until the first batch
         self.means = None  # [2], detached: positive and negative mean score of the last call
@@ -446,21 +448,21 @@ class AUCCLLoss(nn.Module):
     @exact_products()
     def forward(self, *views: Tensor) -> Tensor:
         """Symmetric form. views: V >= 2 of n images, [n, D] each, gradient through all; a 0-dim tensor."""
-        _check_views(views, 2, _world_size(self.gather and not self._takes_own_pairs))
+        _check_views(views, 2, _world_size(self.gather and not self._takes_local_pairs))
         with torch.autocast(views[0].device.type, enabled=False):
             z = [unit_rows(view) for view in views]
             moments = symmetric_moments(*z, gather=self.gather)
-            return self._objective(self._with_own_pairs(moments, z, z, same_view=True))
+            return self._objective(self._add_local_moments(moments, z, z, same_view=True))
 
     @exact_products()
     def teacher_student(self, teacher: Tensor, student: Tensor) -> Tensor:
         """Multi-crop form, the mean over couples of different views; a 0-dim tensor. teacher: [U, n, D] of
         the global views, without gradient; student: [V, n, D] of all views, the first U are the teacher's."""
-        _check_views((teacher, student), 3, _world_size(self.gather and not self._takes_own_pairs))
+        _check_views((teacher, student), 3, _world_size(self.gather and not self._takes_local_pairs))
         with torch.autocast(student.device.type, enabled=False):
             teacher, student = unit_rows(teacher.detach()), unit_rows(student)
             moments = teacher_student_moments(teacher, student, self.gather)
-            return self._objective(self._with_own_pairs(moments, teacher, student))
+            return self._objective(self._add_local_moments(moments, teacher, student))
 
     def param_groups(self, lr: float) -> list[dict]:
         """Optimiser group of the learned weights, without weight decay; none if all are held."""
@@ -484,21 +486,22 @@ class AUCCLLoss(nn.Module):
         loss = auc_objective(moments, a, b, alpha, self.margin, nu, kappa)
         return loss if moments.fourth is None else loss + self.fourth_moment * moments.fourth
 
-    def _with_own_pairs(self, moments: PairMoments, *branches, **pairs) -> PairMoments:
-        """The moments with those that (2) and (3) take from the pairs of each rank."""
+    def _add_local_moments(self, moments: PairMoments, anchors, others, same_view=False) -> PairMoments:
+        """The moments with those of (2) and (3), which are taken over pairs within each rank."""
         if self.temperature is not None:
-            moments = moments._replace(hardest=self._hardest(*branches, **pairs))
+            moments = moments._replace(hardest=self._hardest(anchors, others, same_view))
         if self.fourth_moment:
-            moments = moments._replace(fourth=_mean_over_ranks(mean_fourth_power(*branches, **pairs)))
+            fourth = mean_fourth_power(anchors, others, same_view)
+            moments = moments._replace(fourth=_mean_over_ranks(fourth))
         return moments
 
-    def _hardest(self, anchors, others, **pairs) -> Tensor:
+    def _hardest(self, anchors, others, same_view: bool) -> Tensor:
         """T (E-[exp(h / T - u)] + u - 1), where E- is the mean over ranks of their means; then u moves."""
         (s, t), temperature = SCORES[self.score], self.temperature
-        own = log_mean_exp(anchors, others, temperature / s, **pairs) + t / temperature
-        log_means = own.view(1)  # [ranks]
+        local = log_mean_exp(anchors, others, temperature / s, same_view) + t / temperature
+        log_means = local.view(1)  # [ranks]
         if (world := _world_size()) > 1:
-            log_means = _SumOverRanks.apply(own * torch.eye(world, device=own.device)[dist.get_rank()])
+            log_means = _SumOverRanks.apply(local * torch.eye(world, device=local.device)[dist.get_rank()])
         now = log_means.detach()
         u = torch.where(self.u.isnan(), now.mean(), self.u.to(now)).maximum(now.max() - MAX_EXCESS)
         excess = (log_means - u).expm1().mean()  # E-[exp(h / T - u)] - 1

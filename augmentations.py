@@ -48,7 +48,7 @@ class Operation(NamedTuple):
     draw: Callable | None = None     # (count, size, generator) -> parameters: CPU tensors [count, ...]
 
 
-def draw(operations, kinds, count, size, generator, rank=0, world=1):
+def draw_operations(operations, kinds, count, size, generator, rank=0, world=1):
     """Draws which of the V views of each of `count` images every operation changes, and how.
 
     kinds: per view 0 (first global view), 1 (second) or 2 (local). size: side of the views in pixels.
@@ -64,8 +64,8 @@ def draw(operations, kinds, count, size, generator, rank=0, world=1):
     return drawn
 
 
-def apply(operations, drawn, images):
-    """Changes float images [N, 3, S, S] as `draw` drew for N = count * V views; may overwrite them."""
+def apply_operations(operations, drawn, images):
+    """Float images [N, 3, S, S], N = count * V, changed as `draw_operations` drew; may overwrite them."""
     rows = [chosen.nonzero().squeeze(1) for chosen, _ in drawn]  # on the CPU: nothing waits for their number
     on_device = send(torch.cat(rows), images.device).split([len(there) for there in rows])
     for operation, (_, parameters), there, index in zip(operations, drawn, rows, on_device):
@@ -291,19 +291,19 @@ class SimCLRAugmentation(torch.nn.Module):
         """
         _check_images("images", images, "B3HW")
         with torch.autocast(images.device.type, enabled=False):  # bfloat16 is coarser than 8 bits
-            return tuple(self.apply(images, *self.draw(images, generator)) for _ in range(views))
+            return tuple(self.make_view(images, *self.draw_view(images, generator)) for _ in range(views))
 
-    def draw(self, images, generator):
+    def draw_view(self, images, generator):
         """Boxes [B, 4], flip [B] and what the operations do, for one view of images [B, 3, H, W]."""
         boxes = draw_boxes(len(images), *images.shape[2:], self.scale, self.ratio, generator)
         flip = torch.rand(len(images), generator=generator) < self.flip_p
-        return boxes, flip, draw(self.operations, [0], len(images), self.size, generator)
+        return boxes, flip, draw_operations(self.operations, [0], len(images), self.size, generator)
 
-    def apply(self, images, boxes, flip, drawn):
-        """The view that `draw` drew."""
+    def make_view(self, images, boxes, flip, drawn):
+        """The view that `draw_view` drew."""
         geometry = send(torch.cat((boxes, flip[:, None]), 1), images.device)
         crops = crop_resize(images, geometry[:, :4], self.size, geometry[:, 4] > 0)
-        return apply(self.operations, drawn, crops)
+        return apply_operations(self.operations, drawn, crops)
 
 
 # ------------------------------------------------------------------------------------------------- multi-crop
@@ -377,7 +377,8 @@ def _posterize(image, bits, **_):
 
 
 def _rand_augmented(crop, rand_augment, seed):
-    """timm draws from the global generators of Python and NumPy, which are as before afterwards."""
+    """RandAugment of a uint8 crop [3, S, S] by its own seed. timm draws from the global generators of Python
+    and NumPy, which are restored afterwards."""
     states = random.getstate(), np.random.get_state()
     random.seed(seed), np.random.seed(seed)
     try:
@@ -427,8 +428,9 @@ class MultiCropAugmentation(torch.nn.Module):
         with torch.autocast(crops.global_crops.device.type, enabled=False):  # bfloat16 is coarser than 8 bits
             for images, kinds in ((crops.global_crops, [view % 2 for view in range(large)]),
                                   (crops.local_crops, [2] * small)):
-                drawn = draw(self.operations, kinds, batch, images.shape[-1], generator, rank, world)
-                changed = apply(self.operations, drawn, images.flatten(0, 1).float().div_(255))
+                drawn = draw_operations(self.operations, kinds, batch, images.shape[-1], generator, rank,
+                                        world)
+                changed = apply_operations(self.operations, drawn, images.flatten(0, 1).float().div_(255))
                 views += changed.view(images.shape).unbind(1)       # [B, V, 3, S, S] -> V of [B, 3, S, S]
         return views
 

@@ -318,4 +318,5 @@ class _HubRows:
 
     def __getitem__(self, index):
         image = self.rows[index]["image"]  # timm leaves images encoded
-        return Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]), self.targets[index]
+        file = io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]
+        return Image.open(file), self.targets[index]

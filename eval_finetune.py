@@ -185,8 +185,8 @@ def make_loader(run: Run):
     upper = distributed.share(range(size // 2))
     own = [*upper, *(size - 1 - row for row in reversed(upper))]
     batches = utils.epoch_batches(len(run.train), size, args.seed, run.epoch, run.step)
-    return data.seeded_loader(run.train, (batch[own] for batch in batches), (args.seed, run.epoch), run.device,
-                              args.num_workers)
+    return data.seeded_loader(run.train, (batch[own] for batch in batches), (args.seed, run.epoch),
+                              run.device, args.num_workers)
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -203,7 +203,7 @@ def train_one_epoch(run: Run, save, interruption: utils.Interruption) -> None:
         lr = utils.cosine_schedule(at, total, run.peak_lr, args.min_lr, warmup)
         for group in run.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        utils.seed_all(utils.stream_seed(args.seed, run.epoch, step, 0))         # of mixup, equal on all ranks
+        utils.seed_all(utils.stream_seed(args.seed, run.epoch, step, 0))   # of mixup, equal on all ranks
         images, targets = run.mixup(images.to(device), labels.to(device))  # [B, 3, S, S], [B, C]
         torch.manual_seed(utils.stream_seed(args.seed, run.epoch, step, 1, rank))  # of stochastic depth
         with utils.autocast(device, run.amp_dtype):
@@ -271,7 +271,7 @@ def train(args, device: torch.device) -> None:
                        "parameters", distributed.world_size())
     with closing(utils.Interruption()) as interruption:
         if state is None:
-            save()  # from now on a log has its checkpoint
+            save()  # read_resume refuses a log without a checkpoint
         while run.epoch < args.epochs:
             train_one_epoch(run, save, interruption)
             record = {"epoch": run.epoch, "train_loss": run.loss_sum / run.steps,

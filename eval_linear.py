@@ -30,8 +30,9 @@ FREE_ON_RESUME = ("output_dir", "data_path", "device", "dist_url", "download", "
 CHECKPOINT = "checkpoint.pth.tar"  # DINO's name
 HELD_OUT = 0.1  # share of each class's training images that heads are chosen on
 L2_GRID = tuple(10 ** (-k / 2) for k in range(-2, 13))  # of the logistic regression: 10 ... 1e-6
-LOGITS, ROWS = 2 ** 22, 2 ** 16  # held at once by `measure` (16 MB) and `fit_logistic`
-HOLD_OUT, ORDER, CROP, INIT = range(1, 5)  # random streams; 0: data.choose_subset
+MAX_LOGITS = 2 ** 22    # held at once by `measure`: 16 MB
+LBFGS_CHUNK = 2 ** 16   # rows whose logits `fit_logistic` holds at once
+HOLD_OUT, ORDER, CROP, INIT = range(1, 5)  # random streams, see utils.stream_seed; 0 is data.choose_subset's
 
 
 def parse_args(argv=None):
@@ -165,7 +166,7 @@ def measure(grid: HeadGrid, features: Tensor, labels: Tensor) -> dict[str, Tenso
     counts = labels.bincount(minlength=classes)
     weights = len(labels) / (counts[labels] * (counts > 0).sum())       # of images in the mean over classes
     totals = torch.zeros(4, heads, device=features.device)
-    for rows in distributed.share(torch.arange(len(labels))).split(max(1, LOGITS // (heads * classes))):
+    for rows in distributed.share(torch.arange(len(labels))).split(max(1, MAX_LOGITS // (heads * classes))):
         losses, logits = grid.losses(features[rows], labels[rows])
         hits = logits.topk(min(5, classes)).indices == labels[rows, None, None]         # [B, H, 5]
         hit1, hit5 = hits[..., 0].float(), hits.any(2).float()
@@ -217,7 +218,7 @@ def fit_logistic(head: nn.Linear, features: Tensor, labels: Tensor, l2: float) -
     def closure():
         optimizer.zero_grad()
         total = torch.zeros((), device=weight.device)
-        for rows, truth in zip(features.split(ROWS), labels.split(ROWS)):
+        for rows, truth in zip(features.split(LBFGS_CHUNK), labels.split(LBFGS_CHUNK)):
             loss = F.cross_entropy(head(rows), truth, reduction="sum") / count
             loss.backward()
             total += loss.detach()
@@ -374,13 +375,14 @@ def train_heads(args, backbone: nn.Module, description: pretrained.Description, 
         if first:
             utils.save_checkpoint(state | {name: part.state_dict() for name, part in parts.items()}, path)
 
-    cached = args.cache_features or args.solver == "lbfgs"
-    fit_set, held_set, test_set = (
-        fixed_features(args, network, description, images, rows, device) if len(rows) else None
-        for images, rows in ((train, fit if cached else ()), (train, held), (test, range(len(test)))))
-    images = train.subset(fit)
+    def features_at(images, rows):
+        return fixed_features(args, network, description, images, rows, device)
+
+    fit_set = features_at(train, fit) if args.cache_features or args.solver == "lbfgs" else None
+    held_set = features_at(train, held) if len(held) else None
+    test_set, images = features_at(test, range(len(test))), train.subset(fit)
     if state is None:
-        save()  # from now on a log has its checkpoint
+        save()  # read_resume refuses a log without a checkpoint
     while epoch < args.epochs:
         rates, scores = None, {}
         if args.solver == "lbfgs":

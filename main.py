@@ -227,7 +227,7 @@ class Run:
         self.labelled = args.knn_data_path and build_splits(
             "folder", args.knn_data_path, eval_transform(args.global_crops_size, IMAGENET_MEAN, IMAGENET_STD))
         world = distributed.world_size()
-        self.batch_size = args.batch_size_per_gpu * world  # images that the objective sees at once
+        self.batch_size = args.batch_size_per_gpu * world  # images of a micro-batch, over all ranks
         self.images_per_step = self.batch_size * args.accum_iter
         self.peak_lr = args.lr * self.images_per_step / 256
         self.steps = utils.steps_per_epoch(len(self.images), self.images_per_step,
@@ -303,7 +303,7 @@ def build_teacher(args, student):
 def build_optimizer(run):
     """One optimiser for the network and for a, b and alpha, which ascends by a gradient reversal in the loss.
     Only the first group decays. `lr_scale`: a group's learning rate as a multiple of the schedule's."""
-    decayed, others = [], []  # others: biases, norms, and the gains of the head's last layer
+    decayed, others = [], []  # others: biases, norms, and weight_norm's g of the last layer, original0
     for name, parameter in run.student.named_parameters():
         if parameter.requires_grad:
             (others if parameter.ndim == 1 or name.endswith("original0") else decayed).append(parameter)
@@ -340,12 +340,12 @@ def train_one_epoch(run, log, save, interruption):
         momentum = set_schedules(run)
         torch.manual_seed(utils.stream_seed(args.seed, run.epoch, step, 0, rank))  # of stochastic depth
         run.optimizer.zero_grad()
-        means, skipped = torch.zeros(3, device=run.device), 0
+        means, skipped = torch.zeros(3, device=run.device), 0   # loss, mean positive and negative score
         for number, (crops, replaced) in enumerate(micro_batches, 1):
             generator.manual_seed(utils.stream_seed(args.seed, run.epoch, step, number))
             views = run.augment(crops.to(run.device), generator, rank, world)   # V of [B, 3, S, S]
-            averaging = world == 1 or number == args.accum_iter                 # gradients over ranks
-            with nullcontext() if averaging else network.no_sync():
+            last = number == args.accum_iter                    # when DDP averages gradients over ranks
+            with nullcontext() if world == 1 or last else network.no_sync():
                 with utils.autocast(run.device, run.amp_dtype):
                     embeddings = network(views)                                 # [V, B, D]
                     if teacher is None:
@@ -487,7 +487,7 @@ def train(args, device, criterion=None):
 
     with closing(utils.Interruption()) as interruption:
         if fresh:
-            save()  # from now on a log has its checkpoint
+            save()  # read_resume refuses a log without a checkpoint
         if args.knn_every and (run.epoch, run.step) == (0, 0):
             untrained = evaluate(run)
             if log:
@@ -503,7 +503,7 @@ def train(args, device, criterion=None):
             run.epoch, run.step, run.sums, run.sums_at_last_log = finished + 1, 0, Counter(), Counter()
             if args.saveckp_freq and finished % args.saveckp_freq == 0:
                 save(folder / f"checkpoint{finished:04}.pth")
-            save()  # last: a run killed before this line resumes before all that
+            save()  # last, so that a run killed earlier repeats all that an epoch ends with
     if log:
         export_backbone(run.eval_backbone, run.description, folder / "backbone.safetensors")
         draw_curves({folder.resolve().name: log.records}, curves)  # last: it tells that the run is finished

@@ -54,6 +54,7 @@ def load_backbone(path, checkpoint_key=None, arch=None, patch_size=None, image_s
     Weights must fit name by name; only a classifier is left out, with a note. UserError for a file that
     cannot be read, a wrong key, weights that do not fit, and arguments that contradict the file.
     """
+    # What the file tells comes first, then the arguments, then what is usual.
     if random_weights == (path is not None):
         raise UserError("give either --pretrained_weights or --random_weights")
     weights, known = _read_weights(Path(path), checkpoint_key) if path is not None else ({}, {})
@@ -246,8 +247,8 @@ def _load_strictly(backbone, weights, path, advice="Check --arch and --checkpoin
 def feature_batches(network, loader, device, amp_dtype=None):
     """Yields features [b, F] in float32, on `device`, and labels [b] for the loader's (images, labels).
 
-    network: images [B, 3, S, S] on `device` -> [B, F], in evaluation mode. UserError for images that cannot be
-    decoded, and features that are not finite.
+    network: images [B, 3, S, S] on `device` -> [B, F], in evaluation mode. UserError for images that cannot
+    be decoded, and features that are not finite.
     """
     for images, labels in loader:
         with utils.autocast(device, amp_dtype):
@@ -269,7 +270,7 @@ def extract_features(network, dataset, device, batch_size=128, num_workers=0, am
     if len(dataset) == 0:
         raise UserError("there are no images to compute features of; check --data_path")
     own = distributed.share(range(len(dataset)))
-    images = torch.utils.data.Subset(dataset, own or range(1))  # the width of the features, if there are none
+    images = torch.utils.data.Subset(dataset, own or range(1))  # a rank without images needs the width F
     features, labels = [], []
     loader = data.make_loader(images, device, num_workers, batch_size=batch_size)
     loader = utils.progress(loader, 0, len(loader), title, quiet=distributed.rank() > 0)

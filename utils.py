@@ -326,8 +326,8 @@ def memory_format(network, device, dtype):
 
 
 def send(tensor, device):
-    """A tensor of the CPU on `device`, without a wait for what a GPU has still to do. On MPS a copy without a
-    wait may read memory that has been freed."""
+    """Copies a CPU tensor to `device`: asynchronously, from pinned memory, to a GPU. On MPS an asynchronous
+    copy may read memory that has been freed."""
     import torch
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -343,7 +343,8 @@ def peak_memory(device) -> float | None:
         import resource
     except ImportError:  # Windows
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e9 / 1024)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def millions(network) -> str:
@@ -354,17 +355,17 @@ def millions(network) -> str:
 # ------------------------------------------------------------------------------------ seeds, order, schedules
 
 def stream_seed(*keys: int) -> int:
-    """A 63-bit seed of the random stream named by `keys` (seed, epoch, ...). Streams are independent, and
-    none needs to be saved: a resumed run names it again."""
-    sequence = np.random.SeedSequence((len(keys), *keys))  # (1,) and (1, 0) alone would be equal
+    """A 63-bit seed of the random stream named by `keys` (seed, epoch, ...). Streams of different keys are
+    independent. Nothing is saved: a resumed run derives the same seeds."""
+    sequence = np.random.SeedSequence((len(keys), *keys))  # the length, as (1,) and (1, 0) would be equal
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def steps_per_epoch(images: int, images_per_step: int, flags: str) -> int:
     """Steps without a last, smaller one. UserError, which names the flags to lower, if there are none."""
     if images_per_step > images:
-        raise UserError(f"a step takes {images_per_step} images, more than the {images} of the data set; lower "
-                        f"{flags}")
+        raise UserError(f"a step takes {images_per_step} images, more than the {images} of the data set; "
+                        f"lower {flags}")
     return images // images_per_step
 
 
@@ -451,7 +452,7 @@ def load_checkpoint(path: Path, advice: str = "move it away or restore a copy") 
 
 
 def read_resume(args, path: Path, free: tuple[str, ...], flags: dict | None = None) -> dict | None:
-    """The checkpoint of an unfinished run with the same flags, those in `free` aside; None if there is
+    """The checkpoint of a run with the same flags, except those in `free`, which may change; None if there is
     neither checkpoint nor log. UserError if it belongs to another run, or if only its log.txt is left."""
     if not path.exists():
         if (log := path.with_name("log.txt")).exists() and log.stat().st_size:
@@ -555,8 +556,8 @@ def announce(run, what: str, processes: int = 1) -> None:
     import torch
     args = run.args
     print(f"{what}; {processes} x {run.device}, {run.amp_dtype or torch.float32}\n"
-          f"from epoch {run.epoch + 1}, step {run.step + 1}, to epoch {args.epochs}; {run.steps} steps per epoch "
-          f"of {run.images_per_step} images; {args.output_dir}", flush=True)
+          f"from epoch {run.epoch + 1}, step {run.step + 1}, to epoch {args.epochs}; {run.steps} steps per "
+          f"epoch of {run.images_per_step} images; {args.output_dir}", flush=True)
     if args.warmup_epochs > args.epochs:
         print(f"note: --warmup_epochs {args.warmup_epochs:g} outlasts --epochs {args.epochs}; the learning "
               "rate ends below its peak", flush=True)
@@ -664,8 +665,8 @@ def caption(name: str, length: int) -> str:
 
 
 def progress(steps, done: int, total: int, title: str, quiet: bool = False):
-    """A tqdm bar over `steps`, of which `done` of `total` were done before; in a file, a line a minute, none
-    for what takes less."""
+    """A tqdm bar over `steps`, of which `done` of `total` were done before. Where there is no terminal: at
+    most one line a minute, and none for what takes less."""
     from tqdm import tqdm
     wait = 0 if sys.stderr.isatty() else 60
     return tqdm(steps, desc=title, initial=done, total=total, disable=quiet, leave=False, dynamic_ncols=True,

@@ -245,7 +245,7 @@ def train_epochs(run, checkpoint, log):
 
     with contextlib.closing(utils.Interruption()) as interruption:
         if not checkpoint.exists():
-            save()  # from now on a log has its checkpoint
+            save()  # read_resume refuses a log without a checkpoint
         if run.epoch == run.step == 0 and not log.records:
             log.write(make_record(run))
         while run.epoch < run.args.epochs:
@@ -281,8 +281,8 @@ def train(args, data: ImageData | None = None, criterion: torch.nn.Module | None
             init_backbones([run.model.backbone], args.init_weights, run.description)
         if run.epoch < args.epochs:
             backbone, head = map(utils.millions, (run.model.backbone, run.model.head))
-            utils.announce(run, f"{args.dataset}: {len(run.data.train)} images; {args.arch} with {backbone} M "
-                           f"parameters and a head with {head} M")
+            utils.announce(run, f"{args.dataset}: {len(run.data.train)} images; {args.arch} with {backbone} "
+                           f"M parameters and a head with {head} M")
             log = utils.RunLog(folder, (run.epoch, run.step), table=f"{folder.name}_statistics.csv")
             train_epochs(run, checkpoint, log)
             log.board.close()  # else each run of a study leaves a thread and an open file

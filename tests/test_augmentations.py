@@ -272,7 +272,7 @@ def test_jitter_draws_every_order_and_uniform_factors():
 
 def test_probabilities_of_dinos_views():
     operations = ours.MultiCropAugmentation(erasing=0.2, blur_sigma=(0.3, 1.5)).operations
-    drawn = ours.draw(operations, [0, 1, 2, 2], 5000, 32, generator())
+    drawn = ours.draw_operations(operations, [0, 1, 2, 2], 5000, 32, generator())
     table = [[0.5] * 4, [0.8] * 4, [0.2] * 4, [1, 0.1, 0.5, 0.5], [0, 0.2, 0, 0], [1] * 4, [0.2, 0, 0, 0]]
     for (chosen, _), probabilities in zip(drawn, table, strict=True):
         for events, p in zip(chosen.view(5000, 4).T, probabilities):
@@ -289,7 +289,7 @@ def test_simclr_draws_its_two_views_independently():
     augment, g, columns = ours.SimCLRAugmentation(), generator(), []
     images = torch.empty(5000, 3, 8, 8, dtype=torch.uint8)
     for _ in range(2):
-        boxes, flip, ((jittered, (order, factors)), (grey, _), (normalised, _)) = augment.draw(images, g)
+        boxes, flip, ((jittered, (order, factors)), (grey, _), (normalised, _)) = augment.draw_view(images, g)
         for events, p in ((flip, 0.5), (jittered, 0.8), (grey, 0.2), (normalised, 1.0)):
             assert_frequency(events, p)
         columns += [*factors.T, order[:, 0], boxes[:, 2:].prod(1), flip, jittered, grey]
@@ -301,7 +301,7 @@ def test_simclrs_arguments_decide_what_is_drawn():
     images = torch.empty(1, 3, 200, 200, dtype=torch.uint8).expand(4000, -1, -1, -1)
     augment = ours.SimCLRAugmentation(scale=(0.5, 0.6), ratio=(1, 2), strengths=(2.0, 0.1, 0, 0), jitter_p=0,
                                       grayscale_p=1, flip_p=1)
-    boxes, flip, ((jittered, (_, factors)), (grey, _), _) = augment.draw(images, generator())
+    boxes, flip, ((jittered, (_, factors)), (grey, _), _) = augment.draw_view(images, generator())
     assert flip.all() and grey.all() and not jittered.any()
     area, aspect = boxes[:, 2:].prod(1) / 200**2, boxes[:, 3] / boxes[:, 2]
     for values, low, high in ((factors, (0, 0.9, 1, 0), (3, 1.1, 1, 0)), (area, 0.5, 0.6), (aspect, 1, 2)):
@@ -319,7 +319,7 @@ def test_simclrs_views_equal_torchvision_composed_at_the_drawn_parameters(count,
     views = augment(images, generator(4), views=3)
     assert len(views) == 3 and torch.equal(images, before)
     for view in views:
-        boxes, flip, (jitter, grey, _) = augment.draw(images, g)
+        boxes, flip, (jitter, grey, _) = augment.draw_view(images, g)
         expected = []
         for row, (image, box) in enumerate(zip(images, boxes.int().tolist())):
             image = reference.resized_crop(image / 255, *box, [size, size], BILINEAR, antialias=True)
@@ -336,7 +336,7 @@ def test_views_of_multi_crop_equal_dinos_transforms_at_the_drawn_parameters():
     assert all(torch.equal(a, b) for a, b in zip(crops, before)) and len(views) == 5
     expected, seen = [], set()
     for images, kinds in ((crops.global_crops, [0, 1]), (crops.local_crops, [2, 2, 2])):
-        drawn = ours.draw(augment.operations, kinds, 24, images.shape[-1], g)
+        drawn = ours.draw_operations(augment.operations, kinds, 24, images.shape[-1], g)
         flip, jitter, grey, blur, solarize, _, _ = drawn
         for row, image in enumerate(images.flatten(0, 1)):
             image = composed(image / 255, row, flip[0], jitter, grey, blur, solarize)
@@ -353,7 +353,7 @@ def test_erasing_keeps_the_rest():
     augment = ours.MultiCropAugmentation(0.5)
     erased, plain = augment(crops, generator()), ours.MultiCropAugmentation(0.0)(crops, generator())
     assert torch.equal(plain[1], erased[1]) and torch.equal(plain[2], erased[2])
-    _, _, _, _, _, _, (chosen, (boxes, _)) = ours.draw(augment.operations, [0, 1], 40, 32, generator())
+    *_, (chosen, (boxes, _)) = ours.draw_operations(augment.operations, [0, 1], 40, 32, generator())
     inside = torch.zeros(40, 3, 32, 32, dtype=torch.bool)
     for row, (top, left, height, width) in enumerate(boxes[::2].tolist()):
         inside[row, :, top:top + height, left:left + width] = chosen[2 * row]

@@ -253,8 +253,8 @@ def test_sets_of_the_hugging_face_hub(monkeypatch, tmp_path):
             Image.new("L", (8, 8), value).save(file := io.BytesIO(), "PNG")
             path = tmp_path / f"{value}.png"
             path.write_bytes(file.getvalue())
-            known = {"bytes": None, "path": str(path)} if value == 3 else {"bytes": file.getvalue(), "path": None}
-            rows.append({"image": known, "label": value % 2})                      # as timm leaves them
+            content = None if value == 3 else file.getvalue()                      # as timm leaves them
+            rows.append({"image": {"bytes": content, "path": str(path)}, "label": value % 2})
         return SimpleNamespace(reader=SimpleNamespace(dataset=rows))
     monkeypatch.setattr(timm.data, "create_dataset", create)
     train, test = data.build_splits("hfds/x", None, lambda image: image.getpixel((0, 0)), download=True)

@@ -100,10 +100,12 @@ TASK = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}
 
 @pytest.mark.parametrize("given, expected", [
     ({"SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "11", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "41",
-      "SLURM_STEP_NODELIST": "gpu[07-09,12],login", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "2"},
+      "SLURM_STEP_NODELIST": "gpu[07-09,12],login", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
+      "SLURM_NODEID": "2"},
      {"RANK": "9", "WORLD_SIZE": "11", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "gpu07",
       "MASTER_PORT": "20041"}),
-    (TASK | {"SLURM_STEP_NODELIST": "node-1,node-2", "MASTER_PORT": "5", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"},
+    (TASK | {"SLURM_STEP_NODELIST": "node-1,node-2", "MASTER_PORT": "5",
+             "SLURM_STEP_TASKS_PER_NODE": "1(x2)"},
      {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "node-1",
       "MASTER_PORT": "5"}),
     (TASK | {"SLURM_STEP_NUM_TASKS": "1"}, {}),  # one task: no group

@@ -70,7 +70,7 @@ def test_a_grid_equals_every_head_alone():
 def test_scores_are_those_of_their_formulas(classes, monkeypatch):
     features, _ = clusters(101, 6, classes, seed=1)
     labels = torch.cat([torch.zeros(60), torch.arange(41) % (classes - 1)]).long()  # none of the last class
-    monkeypatch.setattr(eval_linear, "LOGITS", 100)                                 # several chunks
+    monkeypatch.setattr(eval_linear, "MAX_LOGITS", 100)                                 # several chunks
     grid = HeadGrid([slice(0, 6), slice(0, 6), slice(2, 5)], classes)
     for seed, head in enumerate(grid.heads):
         torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(seed))

@@ -189,8 +189,8 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, end):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         utils.save_checkpoint({"x": torch.zeros(50_000)}, path)
     for kept in (False, True):
-        assert end(fill) == (2, f"error: cannot write to {path}: File too large. What it held is intact. Make "
-                                "room there, or make it writable, then run the same command again\n")
+        assert end(fill) == (2, f"error: cannot write to {path}: File too large. What it held is intact. "
+                                "Make room there, or make it writable, then run the same command again\n")
         assert not kept or utils.load_checkpoint(path) == {"x": 1}
         assert list(tmp_path.iterdir()) == [path] * kept
         utils.save_checkpoint({"x": 1}, path)
