@@ -111,18 +111,19 @@ def draw_batch_size(rows):
 
 
 def draw_summary(rows, accuracies):
-    """The README's picture: bias (on AUC-CL's network) and k-NN accuracy by batch size."""
+    """The README's picture: bias (on a network that has all three losses) and k-NN accuracy by batch size."""
     figure, [axes] = panels(2, 4.5, 3.3)
-    for style, name, loss in zip(STYLES, ("AUC-CL", "NT-Xent"), ("AUC-CL", "NT-Xent, T = 0.1")):
-        points = sorted((row for row in rows if (row["network"], row["loss"]) == ("AUC-CL", loss)),
-                        key=lambda row: row["batch_size"])
+    losses = {"AUC-CL quartic": "AUC-CL quartic", "NT-Xent": "NT-Xent, T = 0.1", "DCL": "DCL, T = 0.1"}
+    networks = grouped(rows, "network").values()
+    rows = next((points for points in networks if {*losses.values()} <= {row["loss"] for row in points}), [])
+    for style, (run, loss) in zip(STYLES, losses.items()):
+        points = sorted((row for row in rows if row["loss"] == loss), key=lambda row: row["batch_size"])
         percent = [[100 * row[field] for row in points] for field in ("bias", "bias_low", "bias_high")]
-        draw_line(axes[0], style, name, [row["batch_size"] for row in points], *percent)
-    for style, name in zip(STYLES, ("AUC-CL quartic", "NT-Xent", "DCL")):
-        runs = [row for row in last_rows(accuracies) if re.match(rf"{name} b\d+ s", row["run"])]
-        draw_over_seeds(axes[1], style, name, runs, "batch_size", "test_acc@1")
+        draw_line(axes[0], style, loss, [row["batch_size"] for row in points], *percent)
+        runs = [row for row in last_rows(accuracies) if re.match(rf"{run} b\d+ s", row["run"])]
+        draw_over_seeds(axes[1], style, loss, runs, "batch_size", "test_acc@1")
     titles = "bias of the minibatch gradient (% of the gradient)", "k-NN accuracy (%)"
-    for axis, title, ticks in zip(axes, titles, ((4, 16, 64, 256, 1024), (16, 32, 64, 128, 256, 512))):
+    for axis, title, ticks in zip(axes, titles, ((4, 16, 64, 256), (16, 32, 64, 128, 256, 512))):
         set_log_axis(axis, ticks)
         axis.set_title(title, fontsize=10)
         axis.set(xlabel="batch size (images)")
@@ -151,10 +152,10 @@ def draw_seeds(rows):
     methods = grouped(trained, lambda row: re.sub(r" s\d+$", "", row["run"]))
     for at, (style, name, records) in enumerate(styled(methods)):
         draw_over_seeds(axes[0], style, name, records, lambda row: row["epoch"] + 1, "test_acc@1")
-        for field, fill in zip(ACCURACIES, ("full", "none")):
+        for field, fill, y in zip(ACCURACIES, ("full", "none"), (at - 0.12, at + 0.12)):
             values = [row[field] for row in last_rows(records)]
-            axes[1].plot([min(values), max(values)], [at, at], color=style[0], alpha=0.3)
-            axes[1].plot(mean(values), at, style[1], color=style[0], fillstyle=fill)
+            axes[1].plot([min(values), max(values)], [y, y], color=style[0], alpha=0.3)
+            axes[1].plot(mean(values), y, style[1], color=style[0], fillstyle=fill)
     axes[0].set(xlabel="epoch", ylabel="k-NN accuracy, top-1 (%)")
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(fontsize=8)

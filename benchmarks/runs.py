@@ -146,7 +146,7 @@ def hard_negatives() -> list[Config]:
                for name, (loss, options, flags) in HARD.items()]
     configs += [Config(f"{name}, lr 0.006", ALIKE | {"lr": 6e-3}, *HARD[name][:2])
                 for name in ("DCL", "NT-Xent")]
-    return seeded(configs, 0, 1, 2)
+    return seeded(configs, *range(5))
 
 
 def fourth_moment(weight=80, nu=8, **options):
@@ -184,18 +184,20 @@ def hard_tuning() -> list[Config]:
                    for name, (loss, options, flags) in changes.items()], 0, 1)
 
 
-def hard_batch(sizes) -> list[Config]:
-    """HARD's methods at the batch sizes, for equal epochs; the longest runs first."""
+def hard_batch(sizes, warm_up: float) -> list[Config]:
+    """HARD's methods at the batch sizes, for equal epochs; the longest runs first. warm_up: epochs, chosen at
+    256 and 512 images by the study of that name."""
     return [run for size in sizes for run in seeded(
-        [Config(f"{name} b{size}", at_batch_size(flags, size), loss, options)
+        [Config(f"{name} b{size}", at_batch_size(flags, size) | {"warmup_epochs": warm_up}, loss, options)
          for name, (loss, options, flags) in HARD.items()], 0, 1)]
 
 
-def large_batch() -> list[Config]:
-    """Learning rates at batch 512, where `hard_batch` has 1.13e-2. To choose by --held_out."""
-    return seeded([Config(f"{name} lr{lr:g}", HARD[name][2] | {"batch_size": 512, "lr": lr}, *HARD[name][:2])
-                   for lr in (4e-3, 8e-3, 1.13e-2, 1.6e-2, 2.3e-2)
-                   for name in ("AUC-CL quartic", "DCL", "NT-Xent")], 0, 1)
+def warm_up() -> list[Config]:
+    """Warm-up epochs of large batches. To choose by --held_out."""
+    return seeded([Config(f"{name} b{size} w{epochs:g}",
+                          at_batch_size(HARD[name][2], size) | {"warmup_epochs": epochs}, *HARD[name][:2])
+                   for size in (512, 256) for epochs in (0.5, 1, 2)
+                   for name in ("AUC-CL quartic", "AUC-CL", "DCL", "NT-Xent")], 0, 1)
 
 
 def more_epochs() -> list[Config]:
@@ -260,8 +262,8 @@ STUDIES = {"tuning": Study(tuning()), "ablation": Study(ablation()), "batch_size
            "longer": Study(longer(), epochs=20), "convergence": Study(convergence(), images=0),
            "all_images": Study(all_images(), images=0), "hard": Study(hard_negatives(), images=0),
            "hard_tuning": Study(hard_tuning(), images=0),
-           "hard_batch": Study(hard_batch((16, 32, 64, 128, 256, 512))),
-           "hard_small": Study(hard_batch((8, 16)), epochs=20),
-           "large_batch": Study(large_batch()), "more_epochs": Study(more_epochs(), epochs=20),
+           "hard_batch": Study(hard_batch((16, 32, 64, 128, 256, 512), 2)),
+           "hard_longer": Study(hard_batch((8, 16), 0.5) + hard_batch((512,), 2), epochs=20),
+           "warm_up": Study(warm_up()), "more_epochs": Study(more_epochs(), epochs=20),
            "views": Study(views()), "variants": Study(variants()), "small_tuning": Study(small_tuning()),
            "long": Study(seeded(with_small(4e-3), 0, 1), images=0, epochs=12)}

@@ -3,8 +3,9 @@
     python cifar/speedrun.py                                            # CIFAR-10, downloaded if missing
     python cifar/speedrun.py --dataset folder --data_path DIR           # class folders train/ and test/
 
-80.4 % (69.6 % without whitening), all included: seeds 0 and 1 reached 80.4 in 63 minutes of one core each,
-seed 2 80.3 in 48 minutes of two. Intel Xeon with AMX, bf16, torch 2.14.1. Trials: results/speedrun.md.
+80.4 % (69.6 % without whitening), all included: seeds 0 and 1 reached 80.4 in 68 minutes of one core each (63
+of CPU time), seed 2 80.3 in 48 minutes of two. Intel Xeon with AMX, bf16, torch 2.14.1. Trials:
+results/speedrun.md.
 
 Accuracy is that of the 10,000 test images by their 200 nearest of all 50,000 training images (T = 0.07).
 
