@@ -30,6 +30,7 @@ def by_matrices(z0, z1):
 
 LOSSES = {
     "AUC-CL": AUCCLLoss,
+    "AUC-CL quartic": lambda: AUCCLLoss.preset("quartic"),
     "AUC-CL, n x n": lambda: by_matrices,
     "NT-Xent": lambda: build_loss("NTXentLoss").loss,
     "DCL": lambda: build_loss("DCLLoss").loss,
