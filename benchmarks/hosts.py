@@ -8,6 +8,7 @@ the run goes on when the host is back, to the same weights. eval_knn.py and eval
 equal one process. As on Debian, a host's own name resolves to 127.0.1.1 on it, so GLOO_SOCKET_IFNAME names
 the interface; without it they ask for it. Exit code 1 if a check fails, 0 if namespaces are not allowed.
 """
+import argparse
 import os
 import signal
 import subprocess
@@ -174,6 +175,7 @@ def check_names(folder: Path, script: list[str]) -> None:
 
 def main() -> None:
     if sys.argv[1:] != ["--inside"]:
+        argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
         probe = subprocess.run([*NAMESPACES, "ip", "link"], capture_output=True, text=True)
         if probe.returncode:
             return print(f"skipped: namespaces are not allowed here: {probe.stderr.strip()}")

@@ -17,6 +17,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import auccl_loss  # noqa: E402
+import utils  # noqa: E402
 from auccl_loss import AUCCLLoss  # noqa: E402
 from benchmarks import measure  # noqa: E402
 from vision_transformer import MultiCropNet, ProjectionHead, build_backbone  # noqa: E402
@@ -166,6 +167,7 @@ def print_networks() -> None:
 
 
 if __name__ == "__main__":
+    utils.ArgumentParser(__doc__).parse_args()  # --help
     for world in (2, 4):
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.start_processes(measure_rank, (world, folder), world, start_method="fork")
