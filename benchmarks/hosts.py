@@ -175,7 +175,8 @@ def check_names(folder: Path, script: list[str]) -> None:
 
 def main() -> None:
     if sys.argv[1:] != ["--inside"]:
-        argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+        layout = argparse.RawDescriptionHelpFormatter
+        argparse.ArgumentParser(description=__doc__, formatter_class=layout).parse_args()
         probe = subprocess.run([*NAMESPACES, "ip", "link"], capture_output=True, text=True)
         if probe.returncode:
             return print(f"skipped: namespaces are not allowed here: {probe.stderr.strip()}")
