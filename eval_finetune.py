@@ -157,7 +157,7 @@ class Run:
             self.parts["ema"] = self.ema.module
         self.description = description
         self.epoch = self.step = 0  # the next to run; step counts within the epoch
-        self.loss_sum, self.best_acc = 0.0, 0.0  # over the epoch's steps; of all epochs
+        self.loss_sum = 0.0         # over the epoch's steps
         self.flags = {**utils.plain(args), "batch_size": self.images_per_step}
 
     def state_dict(self) -> dict:
@@ -166,15 +166,14 @@ class Run:
             raise UserError(utils.diverged("a weight", self.epoch, self.step))
         return {name: part.state_dict() for name, part in self.parts.items()} | {
             "backbone": self.description._asdict(), "epoch": self.epoch, "step": self.step,
-            "loss_sum": self.loss_sum, "best_acc": self.best_acc, "fingerprint": self.fingerprint,
-            "args": self.flags}
+            "loss_sum": self.loss_sum, "fingerprint": self.fingerprint, "args": self.flags}
 
     def load_state_dict(self, state: dict, path: Path) -> None:
         """Resumes from `state`, the checkpoint at `path`. UserError for another backbone or other images."""
         if state["fingerprint"] != self.fingerprint:
             raise UserError(f"{path} had another backbone or other images; choose another --output_dir")
         utils.load_parts(state, self.parts, path)
-        for name in ("epoch", "step", "loss_sum", "best_acc"):
+        for name in ("epoch", "step", "loss_sum"):
             setattr(self, name, state[name])
 
 
@@ -279,7 +278,6 @@ def train(args, device: torch.device) -> None:
             if run.epoch % args.val_freq == 0 or run.epoch + 1 == args.epochs:
                 save()  # a signal or a fault during the evaluation loses no step
                 record |= evaluate(run)
-                run.best_acc = max(run.best_acc, record["test_acc1"])
             record["seconds"], started = time.monotonic() - started, time.monotonic()
             if log:
                 log.write(record)
