@@ -160,8 +160,8 @@ def draw_seeds(rows):
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(fontsize=8)
     axes[1].set(xlabel="final accuracy, top-1 (%): full k-NN, hollow linear probe")
+    axes[1].set(ylim=(len(methods) - 0.5, -0.5))    # downwards
     axes[1].set_yticks(range(len(methods)), methods, fontsize=8)
-    axes[1].invert_yaxis()
     return figure
 
 
