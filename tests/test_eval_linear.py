@@ -327,6 +327,15 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(images, tmp_path, on
         assert record == pytest.approx(other, rel=1e-3)
 
 
+def test_augmented_features_that_overflow_are_the_backbones_fault(images):
+    args = argparse.Namespace(batch_size_per_gpu=4, seed=0, num_workers=0, amp="none", epochs=1)
+    description = argparse.Namespace(image_size=16, mean=(0.5,) * 3, std=(0.5,) * 3)
+    batches = eval_linear.sgd_batches(args, lambda x: x.flatten(1) / 0, description,
+                                      data.build_dataset("folder", images, "train"), None, 0,
+                                      torch.device("cpu"))
+    assert "the backbone's features are not finite" in refusal(list, batches)
+
+
 def test_augmentation_is_dinos():
     """Its four transforms, with torchvision's own defaults."""
     mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

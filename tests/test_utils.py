@@ -179,6 +179,12 @@ def test_stream_seeds_are_reproducible_and_distinct():
     assert [batch.tolist() for batch in utils.epoch_batches(11, 3, 0, 2)] != batches
 
 
+def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch):
+    assert 0.05 < utils.peak_memory(torch.device("cpu")) < 1000             # GB
+    monkeypatch.setitem(sys.modules, "resource", None)                      # as on Windows
+    assert utils.peak_memory(torch.device("cpu")) is None
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 def test_a_full_disk_keeps_the_old_file(tmp_path, end):
