@@ -120,20 +120,21 @@ def symmetric_moments(*views: Tensor, gather: bool = True, gram: bool | None = N
     """
     n, v, z = len(views[0]), len(views), torch.cat(views)  # z: [V n, D]
     positives = torch.cat([(x * y).sum(1) for x, y in itertools.combinations(views, 2)])
-    positives = torch.stack([positives.sum(), positives @ positives])  # [2]
+    positive_sums = torch.stack([positives.sum(), positives @ positives])  # [2]
     if _takes_gram(*z.shape, gather, gram):
-        count, positives, total, square = _sum_over_ranks(n, positives, *_Sums.apply(z), gather=gather)
+        count, positive_sums, total, square = _sum_over_ranks(n, positive_sums, *_Sums.apply(z),
+                                                              gather=gather)
         pairs = torch.stack([total @ total, square.flatten() @ square.flatten()])
         selves = square.detach().trace()  # sum of |z_i|^2
     else:
         cosines = _Products.apply(z, _gather_rows(z, gather))  # [V n, V count]
         pairs = torch.stack([cosines.sum(), cosines.square().sum()])
         selves = z.detach().square().sum()
-        count, positives, pairs, selves = _sum_over_ranks(n, positives, pairs, selves, gather=gather)
+        count, positive_sums, pairs, selves = _sum_over_ranks(n, positive_sums, pairs, selves, gather=gather)
     # Ordered pairs within one image: its positives twice, and each view with itself: 1, or 0 for a zero row.
-    within = 2 * positives + selves
+    within = 2 * positive_sums + selves
     couples, negatives = count * (v * (v - 1) // 2), v * count - v
-    return PairMoments(*(positives / couples), *((pairs - within) / (v * count * negatives)), negatives)
+    return PairMoments(*(positive_sums / couples), *((pairs - within) / (v * count * negatives)), negatives)
 
 
 def teacher_student_moments(teacher: Tensor, student: Tensor, gather: bool = True,
@@ -150,25 +151,26 @@ def teacher_student_moments(teacher: Tensor, student: Tensor, gather: bool = Tru
     teacher = teacher.detach()
     other = 1 - torch.eye(u, v, dtype=teacher.dtype, device=teacher.device)  # [U, V]: 0 for the same view
     positives = _Products.apply(teacher.transpose(0, 1), student.transpose(0, 1)) * other  # [n, U, V]
-    positives = torch.stack([positives.sum(), positives.square().sum()])  # [2]
+    positive_sums = torch.stack([positives.sum(), positives.square().sum()])  # [2]
 
     if _takes_gram(u * v / (u + v) * n, dim, gather, gram):
         # A teacher's view skips one global view, so these are summed one by one; all local views together.
         parts = *student[:u], student[u:].flatten(0, 1)
         sums, grams = map(torch.stack, zip(*(_Sums.apply(part) for part in parts)))
         # t_sums: [U, D], t_grams: [U, D, D]; s_sums, s_grams: U + 1 of each
-        count, positives, t_sums, t_grams, s_sums, s_grams = _sum_over_ranks(
-            n, positives, teacher.sum(1), teacher.mT @ teacher, sums, grams, gather=gather)
+        count, positive_sums, t_sums, t_grams, s_sums, s_grams = _sum_over_ranks(
+            n, positive_sums, teacher.sum(1), teacher.mT @ teacher, sums, grams, gather=gather)
         other = torch.cat([other[:, :u], other.new_ones(u, 1)], 1)  # [U, U + 1]
         pairs = torch.stack([(other * _Products.apply(t_sums, s_sums)).sum(),
                              (other * _Products.apply(t_grams.flatten(1), s_grams.flatten(1))).sum()])
     else:
         cosines = _cosines(_gather_rows(teacher, gather), student) * other[:, :, None, None]
         pairs = torch.stack([cosines.sum(), cosines.square().sum()])
-        count, positives, pairs = _sum_over_ranks(n, positives, pairs, gather=gather)
+        count, positive_sums, pairs = _sum_over_ranks(n, positive_sums, pairs, gather=gather)
 
     anchors, negatives = u * (v - 1) * count, count - 1  # anchors: over all couples
-    return PairMoments(*(positives / anchors), *((pairs - positives) / (anchors * negatives)), negatives)
+    return PairMoments(*(positive_sums / anchors), *((pairs - positive_sums) / (anchors * negatives)),
+                       negatives)
 
 
 def negative_cosines(anchors, others, same_view: bool = False):
@@ -305,7 +307,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 def _scale_gradient(x: Tensor, factor) -> Tensor:
     """x itself, with its gradient multiplied by the factor."""
-    return torch.lerp(x.detach(), x, factor)  # the value is x + factor (x - x), and only the second x is live
+    return torch.lerp(x.detach(), x, factor)  # x.detach() + factor (x - x.detach())
 
 
 def _check_views(views, dims: int, world: int = 1) -> None:

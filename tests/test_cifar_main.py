@@ -263,7 +263,8 @@ def test_curves_of_several_runs(uninterrupted, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize("more, message", [
-    ("--batch_size 11 --accum_iter 2", "more than the"), ("--batch_size 1", "--batch_size"),
+    ("--batch_size 11 --accum_iter 2", "a step takes 22 images, more than the"),
+    ("--batch_size 1", "--batch_size"),
     ("--epoch 3", "--epoch"), ("--preset released-cifar --views 4", "leave --views out"),
     ("--preset released-cifar --learn alpha", "held"), ("--preset simclr", "unknown preset 'simclr'"),
     ("--preset released-imagenet", "not for this script"), ("--crop_scale 0.5 0.2", "MIN <= MAX"),
