@@ -553,9 +553,8 @@ NARROW = ("epoch", "step", "positive", "negative", "a", "b", "alpha")
 
 def announce(run, what: str, processes: int = 1) -> None:
     """Says before the first step what is trained on what, from where to where, on the screen."""
-    import torch
     args = run.args
-    print(f"{what}; {processes} x {run.device}, {run.amp_dtype or torch.float32}\n"
+    print(f"{what}; {processes} x {run.device}, {run.amp_dtype or 'torch.float32'}\n"
           f"from epoch {run.epoch + 1}, step {run.step + 1}, to epoch {args.epochs}; {run.steps} steps per "
           f"epoch of {run.images_per_step} images; {args.output_dir}", flush=True)
     if args.warmup_epochs > args.epochs:
